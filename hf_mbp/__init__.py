@@ -1,0 +1,19 @@
+"""Micro-batch processing for the Hugging Face ecosystem: any batch size fits, exactly, with little padding."""
+
+from hf_mbp.config import MBPConfig
+from hf_mbp.equivalence import EquivalenceReport, InexactError, check_equivalence
+from hf_mbp.plan import plan_micro_batches
+from hf_mbp.trainer import MBPMixin, MBPSeq2SeqTrainer, MBPTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EquivalenceReport",
+    "InexactError",
+    "MBPConfig",
+    "MBPMixin",
+    "MBPSeq2SeqTrainer",
+    "MBPTrainer",
+    "check_equivalence",
+    "plan_micro_batches",
+]

@@ -1,0 +1,139 @@
+"""Deferred collation: rows travel unpadded from the data loader to the step, which groups them before it pads them."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+
+Inputs = dict[str, Any]
+Collator = Callable[[list[Any]], Any]
+
+
+class Rows:
+    """The rows of one data loader batch, not padded yet.
+
+    Opaque on purpose: neither a list, a mapping nor something with `.to`, so that Accelerate and the pinning thread
+    leave it as it is, on the host. `in` is always false, for stock code that looks for a key in a batch.
+    """
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self._packed, self._columns = _pack(rows) if get_worker_info() else (list(rows), {})
+
+    def unpack(self) -> list[Any]:
+        """The rows as the data set gave them."""
+        return _unpack(self._packed, self._columns)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+
+class KeepRows:
+    """A collator that does not collate. A class, because a lambda does not pickle under the spawn start method."""
+
+    def __call__(self, rows: list[Any]) -> Rows:
+        return Rows(rows)
+
+
+def _pack(rows: Sequence[Any]) -> tuple[list[Any], dict[str, tuple[torch.Tensor, list[torch.Size]]]]:
+    """Joins the tensors of a column into one flat buffer.
+
+    Each tensor that leaves a worker costs a file descriptor: 256 rows of 3 tensors exhaust the usual limit of 1,024
+    and hang the loader.
+    """
+    if not rows or not all(isinstance(row, Mapping) for row in rows):
+        return list(rows), {}
+    columns = {}
+    for key in rows[0]:
+        values = [row.get(key) for row in rows]
+        if all(isinstance(value, torch.Tensor) for value in values) and len({value.dtype for value in values}) == 1:
+            columns[key] = (torch.cat([value.reshape(-1) for value in values]), [value.shape for value in values])
+    return [{key: value for key, value in row.items() if key not in columns} for row in rows], columns
+
+
+def _unpack(packed: list[Any], columns: dict[str, tuple[torch.Tensor, list[torch.Size]]]) -> list[Any]:
+    if not columns:
+        return packed
+    parts = {
+        key: [
+            part.view(shape)
+            for part, shape in zip(torch.split(flat, [shape.numel() for shape in shapes]), shapes, strict=True)
+        ]
+        for key, (flat, shapes) in columns.items()
+    }
+    return [{**row, **{key: values[index] for key, values in parts.items()}} for index, row in enumerate(packed)]
+
+
+def row_length(row: Any) -> int:
+    """Tokens of a row: the length of its `input_ids`, over all choices where it has several; 1 where it has none."""
+    token_ids = row.get("input_ids") if isinstance(row, Mapping) else None
+    return 1 if token_ids is None else _length(token_ids)
+
+
+def target_length(row: Any) -> int:
+    """Tokens of the target that an encoder-decoder pads separately: the length of `labels`."""
+    labels = row.get("labels") if isinstance(row, Mapping) else None
+    return 0 if labels is None else _length(labels)
+
+
+def _length(values: Any) -> int:
+    if isinstance(values, (torch.Tensor, np.ndarray)):
+        return int(np.prod(values.shape))
+    if not isinstance(values, Sequence):
+        return 1
+    if len(values) > 0 and isinstance(values[0], (Sequence, torch.Tensor, np.ndarray)):
+        return len(values) * max(_length(value) for value in values)
+    return len(values)
+
+
+def num_rows_of(inputs: Mapping[str, Any]) -> int:
+    """Rows of collated inputs: the first dimension of the first tensor that has one."""
+    return next((value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim), 1)
+
+
+def count_cells(inputs: Mapping[str, Any], *, with_targets: bool) -> int:
+    """Padded tokens of collated inputs; with those of `labels` for an encoder-decoder; rows where there are none."""
+    token_ids = inputs.get("input_ids")
+    if not isinstance(token_ids, torch.Tensor):
+        return num_rows_of(inputs)
+    labels = inputs.get("labels") if with_targets else None
+    return token_ids.numel() + (labels.numel() if isinstance(labels, torch.Tensor) else 0)
+
+
+def select_rows(inputs: Mapping[str, Any], indices: list[int]) -> Inputs:
+    """Some rows of collated inputs, at the width they have; what has no dimension of rows is kept."""
+    num_rows = num_rows_of(inputs)
+    return {
+        key: value[indices] if isinstance(value, torch.Tensor) and value.ndim and len(value) == num_rows else value
+        for key, value in inputs.items()
+    }
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Random numbers that depend on `key` alone, for collators that draw them; the states before are restored.
+
+    Example:
+        >>> with seeded(42, 0, 0):
+        ...     first = torch.rand(1)
+        >>> with seeded(42, 0, 0):
+        ...     bool(torch.rand(1) == first)
+        True
+    """
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    seeds = np.random.SeedSequence([abs(part) for part in key]).generate_state(3).tolist()
+    try:
+        random.seed(seeds[0])
+        np.random.seed(seeds[1])
+        torch.default_generator.manual_seed(seeds[2])
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.random.set_rng_state(torch_state)

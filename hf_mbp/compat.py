@@ -1,0 +1,179 @@
+"""The only place that touches private or version-dependent names of transformers and Accelerate.
+
+Checked against transformers 5.17 and 5.23, accelerate 1.15. Each function says what it relies on.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from transformers import Trainer
+from transformers.trainer_utils import has_length
+
+ABSENT = object()
+
+
+@contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Sets attributes of an object for a while; an instance attribute that was not there is taken away again."""
+    before = {name: vars(owner).get(name, ABSENT) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+
+@contextmanager
+def deferred_collation(trainer: Any, collator: Any) -> Iterator[None]:
+    """Lets `get_train_dataloader` build its loader with another collator.
+
+    `Trainer._get_dataloader` reads `data_collator` and wraps it to remove unused columns. For iterable data sets
+    Accelerate would build a dispatcher, which concatenates tensors; one process does not need it.
+    """
+    config = trainer.accelerator.dataloader_config
+    dispatches = config.dispatch_batches
+    if trainer.accelerator.num_processes == 1:
+        dispatches = False
+    elif dispatches or (dispatches is None and isinstance(trainer.train_dataset, torch.utils.data.IterableDataset)):
+        raise ValueError(
+            "Iterable training data is dispatched from the first process, which needs rows padded to equal lengths. "
+            "Let every process read its own share: accelerator_config={'dispatch_batches': False}."
+        )
+    with replaced(trainer, data_collator=collator), replaced(config, dispatch_batches=dispatches):
+        yield
+
+
+@contextmanager
+def weighted_loss(trainer: Any, weight: float, num_items: float) -> Iterator[None]:
+    """Makes the stock `training_step` back-propagate `weight` times the mean loss of its micro-batch.
+
+    It calls `self.compute_loss`, whoever overrides it, then may divide by `current_gradient_accumulation_steps`; which
+    losses it divides differs between versions and between models, so the weight goes to the loss itself and the
+    divisor is 1. `average_tokens_across_devices` would multiply by the number of processes.
+    """
+    compute_loss = trainer.compute_loss
+
+    def weighted(*args: Any, **kwargs: Any) -> Any:
+        result = compute_loss(*args, **{**kwargs, "num_items_in_batch": items_argument(trainer, num_items)})
+        return (result[0] * weight, *result[1:]) if isinstance(result, tuple) else result * weight
+
+    with (
+        replaced(trainer, compute_loss=weighted, current_gradient_accumulation_steps=1),
+        replaced(trainer.args, average_tokens_across_devices=False),
+    ):
+        yield
+
+
+def items_argument(trainer: Any, num_items: float) -> torch.Tensor | None:
+    """What `compute_loss` gets as `num_items_in_batch`.
+
+    `None`, so that every head returns its own mean; the micro-batch's own count, which gives the same mean, if the
+    user's code may want to divide by it.
+    """
+    is_users_loss = trainer.compute_loss_func is not None or type(trainer).compute_loss is not Trainer.compute_loss
+    return torch.tensor(num_items, device=trainer.args.device) if is_users_loss else None
+
+
+def prepare_inputs(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs on the device, by `Trainer._prepare_inputs`."""
+    prepared: dict[str, Any] = trainer._prepare_inputs(dict(inputs))
+    return prepared
+
+
+def sync_deferral(trainer: Any, model: torch.nn.Module) -> Callable[[], AbstractContextManager[Any]]:
+    """A context in which gradients stay on this rank, for all micro-batches of a step but the last.
+
+    Besides `no_sync` the flag of Accelerate has to be cleared: stock reduces replicated parameters, and DeepSpeed's
+    wrapper steps the engine, whenever it is set. Models sharded at load time have a context of their own (from 5.23).
+    """
+    own = getattr(trainer, "_defer_fsdp_gradient_reduction", None)
+    is_sharded_at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)
+    no_sync = own if own and is_sharded_at_load else partial(trainer.accelerator.no_sync, model=model)
+    state = trainer.accelerator.gradient_state
+
+    @contextmanager
+    def deferred() -> Iterator[None]:
+        syncs = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            with no_sync():
+                yield
+        finally:
+            state._set_sync_gradients(syncs)
+
+    return deferred
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Whether a forward pass of the model is a collective, so that it cannot be tried on one rank alone."""
+    return bool(
+        trainer.is_fsdp_enabled
+        or trainer.is_deepspeed_enabled
+        or getattr(trainer, "is_distributed_loading_by_transformers", False)
+    )
+
+
+def refuse_unsupported(trainer: Any) -> None:
+    """Raises `ValueError` for what is not supported, with the reason and the remedy."""
+    args, parallelism = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    refusals = {
+        f"{args.n_gpu} GPUs in one process": (
+            args.n_gpu > 1,
+            "torch.nn.DataParallel would split every micro-batch again. Start with `accelerate launch` or `torchrun`, "
+            "or show one GPU with CUDA_VISIBLE_DEVICES=0.",
+        ),
+        "context, sequence or tensor parallelism": (
+            parallelism is not None and max(parallelism.cp_size, parallelism.sp_size, parallelism.tp_size) > 1,
+            "ranks that share a batch would have to share its plan. Use data parallelism (DDP).",
+        ),
+        f"optim={optimizer!r}": (
+            "lomo" in optimizer or "layerwise" in optimizer,
+            "it updates the weights during the backward pass, before the gradient of the mini-batch is complete. "
+            "Choose another optim, such as 'adamw_torch'.",
+        ),
+        "TPU/XLA": (
+            trainer.accelerator.distributed_type == DistributedType.XLA,
+            "micro-batches of changing shapes would be compiled anew each time. Use a GPU or a CPU.",
+        ),
+    }
+    for what, (is_present, why) in refusals.items():
+        if is_present:
+            raise ValueError(f"Micro-batching does not support {what}: {why}")
+
+
+def accepts(model: torch.nn.Module, argument: str) -> bool:
+    """Whether the forward pass of the model, also under PEFT, has an argument of that name."""
+    base: Any = model
+    if hasattr(base, "get_base_model"):
+        base = base.get_base_model()
+    return argument in inspect.signature(base.forward).parameters
+
+
+def is_regression(model: torch.nn.Module) -> bool:
+    """Whether the labels of a sequence classifier are numbers and not classes, so that -100 is a target like others.
+
+    As `ForSequenceClassificationLoss` decides it.
+    """
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    if problem is None:
+        return getattr(config, "num_labels", None) == 1
+    return problem in ("regression", "multi_label_classification")
+
+
+def require_rows(trainer: Any) -> None:
+    """Raises `ValueError` if the training data is empty."""
+    dataset = trainer.train_dataset
+    if dataset is not None and has_length(dataset) and len(dataset) == 0:
+        raise ValueError("train_dataset is empty: there is nothing to train on. Check the file and its filters.")

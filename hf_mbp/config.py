@@ -1,0 +1,54 @@
+"""The options of micro-batch processing."""
+
+from dataclasses import dataclass, field
+
+from hf_mbp.memory import parse_memory_limit
+from hf_mbp.plan import check_max_tokens
+
+ON_INEXACT = ("warn", "error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MBPConfig:
+    """Options of `MBPTrainer`; every one has a default that is right for most runs.
+
+    Fields can be read from a command line or a YAML file by `transformers.HfArgumentParser`.
+
+    Raises:
+        ValueError: an option is out of range; the message says what to write instead.
+
+    Example:
+        >>> MBPConfig(max_tokens_per_micro_batch=8192).max_tokens_per_micro_batch
+        8192
+        >>> MBPConfig(memory_limit="much")
+        Traceback (most recent call last):
+        ValueError: memory_limit='much' is neither a size nor a fraction of the device's memory. Write for example \
+memory_limit="20GiB", or memory_limit=0.8 for 80 % of the memory.
+    """
+
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={"help": "Most padded tokens (rows x width) a micro-batch may have. Default: sized from the memory."},
+    )
+    memory_limit: float | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Memory to stay under on the device: a size such as "20GiB", or a fraction of the device\'s '
+            "memory such as 0.8. Default: 0.9 of what is free when training starts."
+        },
+    )
+    check_at_start: bool = field(
+        default=True,
+        metadata={"help": "Compare, before the first step, the split gradient with the whole one on a few short rows."},
+    )
+    on_inexact: str = field(
+        default="warn",
+        metadata={"help": "What to do if that comparison fails: 'warn' or 'error'.", "choices": list(ON_INEXACT)},
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_tokens_per_micro_batch is not None:
+            check_max_tokens(self.max_tokens_per_micro_batch, "max_tokens_per_micro_batch")
+        parse_memory_limit(self.memory_limit)
+        if self.on_inexact not in ON_INEXACT:
+            raise ValueError(f"on_inexact={self.on_inexact!r} is unknown. Write one of {', '.join(ON_INEXACT)}.")

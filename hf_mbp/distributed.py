@@ -1,0 +1,30 @@
+"""The few things that ranks have to agree on; free on one process."""
+
+from typing import Any
+
+import torch
+
+
+class Ranks:
+    """The processes that train together, as Accelerate runs them."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self.count = int(accelerator.num_processes)
+
+    def gather(self, *numbers: float) -> list[list[float]]:
+        """What every rank says, `[ranks, numbers]`; a collective, to be called by all ranks alike."""
+        if self.count == 1:
+            return [list(numbers)]
+        device = self._accelerator.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        gathered = self._accelerator.gather(torch.tensor([numbers], device=device, dtype=dtype))
+        return [[float(number) for number in row] for row in gathered.tolist()]
+
+    def highest(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        return int(max(row[0] for row in self.gather(number)))
+
+    def lowest(self, number: float) -> float:
+        """The smallest of the ranks' numbers."""
+        return min(row[0] for row in self.gather(number))

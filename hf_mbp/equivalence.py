@@ -1,0 +1,324 @@
+"""Checks on the user's own model, loss and rows that the split gradient is the whole one, and explains if it is not."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from hf_mbp import compat
+from hf_mbp.collate import Inputs, num_rows_of, select_rows
+from hf_mbp.padding import is_left_padded, trim, width_of
+from hf_mbp.probe import loss_of, undisturbed, without_dropout
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+"""Largest relative error that passes, by the dtype of the computation: far above rounding (1e-7 in float64, because
+heads compute losses in float32; 1e-5 in float32), far below what a wrong count gives (5 % and more)."""
+
+HALF_PRECISION_TOLERANCE = 0.1
+"""bf16 and fp16 round at 0.4 %, and gradients of few rows cancel; only gross errors can be told from rounding."""
+
+SMALL_GRADIENT = 1e-3
+"""A parameter whose gradient is a thousandth of the largest is compared with that: some, as the bias of attention
+keys, have none but rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EquivalenceReport:
+    """Outcome of `check_equivalence`; prints as a short table.
+
+    Attributes:
+        max_relative_error: the largest over the parameters of |split - whole| / |whole|, the gradients' norms.
+        tolerance: the largest error that passes.
+        findings: if it does not pass, what was found and what to do about it.
+        num_rows: rows compared.
+        num_micro_batches: micro-batches that they were split into.
+        whole_loss: loss of the rows in one batch.
+        split_loss: loss put together from the micro-batches.
+    """
+
+    max_relative_error: float
+    tolerance: float
+    findings: tuple[str, ...]
+    num_rows: int
+    num_micro_batches: int
+    whole_loss: float
+    split_loss: float
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether micro-batches give the gradient of the whole batch, up to rounding."""
+        return self.max_relative_error <= self.tolerance
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'rows':<26}{self.num_rows}, as one batch and as {self.num_micro_batches} micro-batches",
+            f"{'loss whole, split':<26}{self.whole_loss:.8g}, {self.split_loss:.8g}",
+            f"{'largest relative error':<26}{self.max_relative_error:.2g} (passes up to {self.tolerance:g})",
+            f"{'exact':<26}{'yes' if self.is_exact else 'no'}",
+        ]
+        return "\n".join(lines + [f"- {finding}" for finding in self.findings])
+
+
+class InexactError(ValueError):
+    """Splitting would change the gradient, and `on_inexact="error"` was asked for."""
+
+
+def check_equivalence(trainer: Any, num_rows: int = 8) -> EquivalenceReport:
+    """Whether splitting is exact for this trainer's model, loss and data.
+
+    Runs the shortest of the first rows of the training data as one batch and as micro-batches of uneven sizes,
+    without dropout, and compares the gradient of every parameter. The model, random states, optimizer and data order
+    stay as they were.
+
+    Args:
+        trainer: an `MBPTrainer`, or another trainer with `MBPMixin`.
+        num_rows: how many rows to compare, at least 2.
+
+    Raises:
+        ValueError: there are fewer than two rows, the training data comes ready-made in batches, or the model is
+            sharded (FSDP, DeepSpeed), where one rank cannot run it alone.
+
+    Example:
+        `print(check_equivalence(trainer))` before `trainer.train()`.
+    """
+    if compat.is_sharded(trainer):
+        raise ValueError(
+            "check_equivalence needs the whole model on each rank, and FSDP and DeepSpeed shard it. Run the check "
+            "once in one process without them."
+        )
+    return compare(trainer, trainer.mbp_feed.sample(num_rows * 8), num_rows)
+
+
+def compare(trainer: Any, rows: list[Any], num_rows: int) -> EquivalenceReport:
+    """`check_equivalence` on the shortest `num_rows` of the given rows."""
+    if num_rows < 2 or len(rows) < 2:
+        raise ValueError(f"A split needs two rows to compare; there are {min(num_rows, len(rows))}.")
+    with undisturbed(trainer.model):
+        without_dropout(trainer.model)
+        return _Comparison(trainer, rows, num_rows).report()
+
+
+def _uneven_groups(num_rows: int) -> list[list[int]]:
+    """Contiguous groups of 1, 2, 3, ... rows, so that no two weigh the same.
+
+    Example:
+        >>> _uneven_groups(8)
+        [[0], [1, 2], [3, 4, 5], [6, 7]]
+    """
+    groups: list[list[int]] = []
+    start = 0
+    while start < num_rows:
+        end = min(num_rows, start + len(groups) + 1)
+        groups.append(list(range(start, end)))
+        start = end
+    return groups
+
+
+class _Comparison:
+    """The rows as one batch and in parts, and what they tell."""
+
+    def __init__(self, trainer: Any, rows: list[Any], num_rows: int) -> None:
+        self.trainer = trainer
+        self.parameters = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
+        by_length = sorted(rows, key=lambda row: int(trainer.mbp_feed.sizes([row]).sum()))
+        with_items = (row for row in by_length if self.items(*trainer.mbp_feed.collate([[row]])) > 0)
+        self.rows = (list(islice(with_items, num_rows)) or by_length[:num_rows])[::-1]
+        self.groups = _uneven_groups(len(self.rows))
+        (self.whole,) = trainer.mbp_feed.collate([self.rows])
+        self.is_dense = num_rows_of(self.whole) == len(self.rows)
+        self.parts = self._parts()
+
+    def _parts(self) -> list[Inputs]:
+        """The parts by the user's collator, or, if that draws random numbers, cut out of the whole."""
+        (again,) = self.trainer.mbp_feed.collate([self.rows])
+        if self.is_dense and not _same(self.whole, again) and "start_positions" not in self.whole:
+            return [trim(select_rows(self.whole, group)) for group in self.groups]
+        parts: list[Inputs] = self.trainer.mbp_feed.collate([[self.rows[i] for i in group] for group in self.groups])
+        return parts
+
+    def items(self, inputs: Inputs) -> float:
+        return float(self.trainer.num_items(inputs))
+
+    def loss(self, inputs: Inputs) -> torch.Tensor:
+        return loss_of(self.trainer, inputs, self.items(inputs))
+
+    def value(self, inputs: Inputs) -> float:
+        with torch.no_grad():
+            return float(self.loss(inputs))
+
+    def backward(self, parts: list[Inputs]) -> tuple[float, list[torch.Tensor]]:
+        """Loss and gradients of the parts, put together by their shares."""
+        for _, parameter in self.parameters:
+            parameter.grad = None
+        counts = [self.items(part) for part in parts]
+        total = 0.0
+        for part, count in zip(parts, counts, strict=True):
+            if count > 0:
+                loss = self.loss(part) * (count / sum(counts))
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+        return total, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for _, p in self.parameters]
+
+    def report(self) -> EquivalenceReport:
+        whole_loss, whole = self.backward([self.whole])
+        split_loss, split = self.backward(self.parts)
+        error = _relative_error(whole, split)
+        tolerance = self._tolerance()
+        return EquivalenceReport(
+            max_relative_error=error,
+            tolerance=tolerance,
+            findings=() if error <= tolerance else tuple(explain(self)),
+            num_rows=len(self.rows),
+            num_micro_batches=len(self.parts),
+            whole_loss=whole_loss,
+            split_loss=split_loss,
+        )
+
+    def _tolerance(self) -> float:
+        autocasts = self.trainer.accelerator.mixed_precision != "no"
+        dtypes = {parameter.dtype for _, parameter in self.parameters}
+        if autocasts or any(dtype not in TOLERANCE for dtype in dtypes):
+            return HALF_PRECISION_TOLERANCE
+        return max((TOLERANCE[dtype] for dtype in dtypes), default=TOLERANCE[torch.float32])
+
+
+def _same(one: Inputs, other: Inputs) -> bool:
+    return all(
+        value.shape == other[key].shape and bool((value == other[key]).all())
+        for key, value in one.items()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def _relative_error(whole: list[torch.Tensor], split: list[torch.Tensor]) -> float:
+    norms = [float(gradient.double().norm()) for gradient in whole]
+    errors = [float((a.double() - b.double()).norm()) for a, b in zip(whole, split, strict=True)]
+    floor = max(max(norms, default=0.0) * SMALL_GRADIENT, torch.finfo(torch.float64).tiny)
+    worst = max((error / max(norm, floor) for error, norm in zip(errors, norms, strict=True)), default=0.0)
+    return worst if worst == worst else float("inf")  # not a number is no agreement
+
+
+def explain(comparison: _Comparison) -> list[str]:
+    """What makes splitting inexact, and what to do; each suspect is tried on the user's own rows."""
+    suspects: list[Callable[[_Comparison], str | None]] = [
+        _batch_norm,
+        _router_loss,
+        _padding_width,
+        _reduction,
+    ]
+    return [finding for suspect in suspects if (finding := suspect(comparison))]
+
+
+def _batch_norm(comparison: _Comparison) -> str | None:
+    kinds = torch.nn.modules.batchnorm._BatchNorm
+    if any(isinstance(module, kinds) and module.training for module in comparison.trainer.model.modules()):
+        return (
+            "Batch normalisation uses the mean of the batch that runs, which after splitting is the micro-batch. "
+            "Freeze it (module.eval()), or use a model with layer normalisation."
+        )
+    return None
+
+
+def _router_loss(comparison: _Comparison) -> str | None:
+    config = getattr(comparison.trainer.model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        return (
+            "The load-balancing loss of the experts is computed from the tokens that run together, and is not a mean "
+            "over items. Set output_router_logits=False, or accept that it balances each micro-batch."
+        )
+    return None
+
+
+def _padding_width(comparison: _Comparison) -> str | None:
+    """Compares one short row at its own width and at the width of the whole batch."""
+    width = width_of(comparison.whole)
+    if width is None or not comparison.is_dense:
+        return None
+    short = select_rows(comparison.whole, [len(comparison.rows) - 1])
+    trimmed = trim(short)
+    if width_of(trimmed) == width or comparison.items(short) == 0:
+        return None
+    padded, alone = comparison.value(short), comparison.value(trimmed)
+    if abs(padded - alone) <= comparison._tolerance() * abs(padded):
+        return None
+    finding = (
+        f"The loss of a row depends on how wide it is padded ({padded:.6g} at {width} columns, {alone:.6g} at "
+        f"{width_of(trimmed)}): the model or its loss does not leave out what attention_mask masks. "
+    )
+    if is_left_padded(comparison.whole):
+        return finding + "The rows are padded on the left and positions may be absolute: set padding_side='right'."
+    if comparison.items(short) != comparison.items(trimmed):
+        return finding + "num_items counts padding, too: override num_items(micro_batch)."
+    return finding + (
+        "If the loss counts tokens by attention_mask and not by labels, override num_items(micro_batch); if the model "
+        "mixes padding into the rows (as FNet does), pad all rows to one length."
+    )
+
+
+def _reduction(comparison: _Comparison) -> str | None:
+    """Finds how the loss puts rows together, from the losses of single rows and of pairs, all at one width."""
+    if not comparison.is_dense:
+        return "The loss is not a mean over what num_items(micro_batch) counts: override it to count its items."
+    rows = [select_rows(comparison.whole, [index]) for index in range(len(comparison.rows))]
+    rows = [row for row in rows if comparison.items(row) > 0]
+    single = [comparison.value(row) for row in rows]
+    whole = comparison.value(comparison.whole)
+    counts = [comparison.items(row) for row in rows]
+
+    def explains(value: float) -> bool:
+        return abs(value - whole) <= comparison._tolerance() * abs(whole)
+
+    if explains(sum(value * count for value, count in zip(single, counts, strict=True)) / sum(counts)):
+        return None
+    if explains(sum(single)):
+        return (
+            "The loss is a sum over the rows, not a mean. Ask for a mean (for CTC, config.ctc_loss_reduction='mean', "
+            "and num_items to return the rows), or divide by num_items_in_batch in your compute_loss."
+        )
+    if max(map(abs, single)) <= 1e-3 * abs(whole):
+        return (
+            "The loss compares the rows of a batch with each other (a contrastive loss): a row alone has none, and "
+            "micro-batches have fewer rows to compare. It cannot be split by rows."
+        )
+    weights = _item_weights(comparison, single)
+    if weights and explains(sum(w * value for w, value in zip(weights, single, strict=True)) / sum(weights)):
+        found = ", ".join(f"{weight * counts[0]:.4g}" for weight in weights[:4])
+        expected = ", ".join(f"{count:.4g}" for count in counts[:4])
+        return (
+            f"The loss is a mean over other items than num_items(micro_batch) counts: the first rows weigh as {found}, "
+            f"but are counted as {expected}. Override num_items to return what the loss divides by; for a "
+            "class-weighted cross-entropy that is the sum of the labels' weights."
+        )
+    return (
+        "No count of items explains the loss: it may add up means over different things (a token loss and a sentence "
+        "loss, say), or rows of a batch may influence each other. Such a loss cannot be split by rows exactly; compute "
+        "its parts as one mean in compute_loss, or train it unsplit."
+    )
+
+
+def _item_weights(comparison: _Comparison, single: list[float]) -> list[float] | None:
+    """Items of each row relative to the first, from loss(pair) = (w1 l1 + w2 l2) / (w1 + w2)."""
+    weights = [1.0]
+    for index in range(1, len(single)):
+        pair = comparison.value(select_rows(comparison.whole, [0, index]))
+        difference = pair - single[index]
+        if difference == 0 or (single[0] - pair) / difference <= 0:
+            return None
+        weights.append((single[0] - pair) / difference)
+    return weights
+
+
+def settle(report: EquivalenceReport, on_inexact: str) -> None:
+    """Warns of, or refuses, what is not exact."""
+    if report.is_exact:
+        return
+    message = (
+        f"Splitting the batch changes the gradient of this model, loss and data:\n{report}\n"
+        "Set check_at_start=False if that is what you want."
+    )
+    if on_inexact == "error":
+        raise InexactError(message)
+    warnings.warn(message, stacklevel=2)

@@ -1,0 +1,212 @@
+"""Feeds a trainer: turns the batches of an optimizer step into micro-batches, knowing its model, data and options."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from itertools import accumulate, chain, islice, pairwise
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from hf_mbp import collate, compat, equivalence, items, memory, padding, probe
+from hf_mbp.collate import Inputs, Rows
+from hf_mbp.distributed import Ranks
+from hf_mbp.plan import Budget, Cost, Ints, as_sizes, round_up, too_long_message
+from hf_mbp.report import StepReport, start_line
+from hf_mbp.sizing import cost_of, measure_budget
+from hf_mbp.step import MicroBatch, RowFunctions, split_mini_batch, weigh
+
+STATE_KEY = "hf_mbp"
+"""Where the trainer state of a checkpoint keeps the budget, so that a resumed run plans as the first one did."""
+
+
+class Feed:
+    """What stands between the data loader and the steps of one trainer."""
+
+    def __init__(self, trainer: Any, ranks: Ranks, report: StepReport) -> None:
+        self.trainer = trainer
+        self.ranks = ranks
+        self.report = report
+        self._budget: Budget | None = None
+        self._cost: Cost | None = None
+        self._loss_shifts: bool | None = None
+        self._filler: MicroBatch | None = None
+        self._has_warned: set[str] = set()
+
+    def restart(self) -> None:
+        """Forgets what was found out about the model, data and memory; a new run of training finds it out again."""
+        self._budget, self._cost, self._loss_shifts, self._filler = None, None, None, None
+
+    def micro_batches(self, batches: list[Any]) -> list[MicroBatch]:
+        """The weighed micro-batches of an optimizer step, from what its data loader returned."""
+        if all(isinstance(batch, Rows) for batch in batches):
+            return self._weighed(self._split([batch.unpack() for batch in batches]))
+        return self._weighed([self._ready_made(batch) for batch in batches])
+
+    # Questions about rows and inputs
+
+    def sizes(self, rows: list[Any]) -> Ints:
+        """Lengths of rows, `[rows, parts]`, as the collator will pad them; two parts for an encoder-decoder."""
+        sizes: list[tuple[int, ...]] = [(self.trainer.row_length(row),) for row in rows]
+        if self._has_targets():
+            sizes = [(*size, collate.target_length(row)) for size, row in zip(sizes, rows, strict=True)]
+        return round_up(as_sizes(sizes), getattr(self.trainer.data_collator, "pad_to_multiple_of", None))
+
+    def collate(self, groups: list[list[Any]]) -> list[Inputs]:
+        """Each group of rows, padded by the user's collator; all to one width where the loss needs that."""
+        if len(groups) > 1 and _need_one_width(groups[0]):
+            whole = dict(self.trainer.data_collator(list(chain.from_iterable(groups))))
+            ends = accumulate(map(len, groups), initial=0)
+            return [collate.select_rows(whole, list(range(start, end))) for start, end in pairwise(ends)]
+        return [self._settled(dict(self.trainer.data_collator(group))) for group in groups]
+
+    def sample(self, num_rows: int) -> list[Any]:
+        """The first rows of the training data, as the collator gets them.
+
+        Raises:
+            ValueError: the user's own loader pads its batches itself.
+        """
+        loader = self.trainer.get_train_dataloader()
+        if isinstance(loader.dataset, torch.utils.data.IterableDataset):
+            rows = list(islice(loader.dataset, num_rows))
+        else:
+            rows = [loader.dataset[index] for index in range(min(num_rows, len(loader.dataset)))]
+        batch = loader.collate_fn(rows)
+        if not isinstance(batch, Rows):
+            raise ValueError(
+                "get_train_dataloader is overridden and returns ready-made batches, which are never split. To have "
+                "them split, leave it as it is, or build on super().get_train_dataloader()."
+            )
+        return batch.unpack()
+
+    def shifts_labels(self, inputs: Inputs) -> bool:
+        """Whether the loss predicts the next token, so that the first label of a row is no item; found by trying."""
+        if self._loss_shifts is None:
+            self._loss_shifts = probe.loss_shifts_labels(self.trainer, inputs)
+        return self._loss_shifts
+
+    def _settled(self, inputs: Inputs) -> Inputs:
+        if not padding.is_left_padded(inputs) or not items.has_token_labels(inputs) or not self.shifts_labels(inputs):
+            return inputs
+        has_positions = compat.accepts(self.trainer.model, "position_ids")
+        return padding.settle_left_padding(inputs, add_position_ids=has_positions)
+
+    def _has_targets(self) -> bool:
+        return bool(getattr(getattr(self.trainer.model, "config", None), "is_encoder_decoder", False))
+
+    def _num_cells(self, inputs: Mapping[str, Any]) -> int:
+        return collate.count_cells(inputs, with_targets=self._has_targets())
+
+    # From rows to micro-batches
+
+    def _split(self, batches: list[list[Any]]) -> list[MicroBatch]:
+        rows = list(chain.from_iterable(batches))
+        batch_sizes = [self.sizes(batch) for batch in batches]
+        sizes = self.sizes(rows)
+        if _need_one_width(rows):
+            sizes[:] = sizes.max(axis=0)
+        budget = self._budget_for(rows, sizes)
+        max_tokens = self._warn_of_long_rows(budget, int(sizes.sum(axis=1).max()))
+        is_first_step, cost = self._cost is None, self._cost_of_model()
+        check = self._check(rows) if is_first_step else ""
+        functions = RowFunctions(collate=self.collate, num_items=self.trainer.num_items, num_cells=self._num_cells)
+        with collate.seeded(self.trainer.args.seed, self.trainer.state.global_step, self.trainer.args.process_index):
+            micro_batches = split_mini_batch(
+                rows, sizes, budget=budget, cost=cost, functions=functions, ranks=self.ranks
+            )
+        self.report.add_step(micro_batches, batch_sizes, max_tokens)
+        if is_first_step and self.trainer.is_world_process_zero():
+            tqdm.write(start_line(len(rows), micro_batches, batch_sizes, _describe(budget, max_tokens), check))
+        return micro_batches
+
+    def _ready_made(self, batch: Any) -> MicroBatch:
+        """A batch of the user's own loader: one micro-batch, as it is."""
+        cells = self._num_cells(batch)
+        micro_batch = MicroBatch(
+            inputs=batch,
+            num_rows=collate.num_rows_of(batch),
+            num_items=self.trainer.num_items(batch),
+            cells=cells,
+            tokens=cells,
+        )
+        self.report.add_step([micro_batch], [], 0)
+        return micro_batch
+
+    def _weighed(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        weighed = weigh(micro_batches, self.ranks, self._filler)
+        if not weighed:
+            self._warn_once(
+                "no items",
+                f"Step {self.trainer.state.global_step + 1} has nothing to learn from, all its labels are -100: it "
+                "leaves the weights as they are. Check the labels, and whether truncation cuts off what is to be "
+                "learned.",
+            )
+        elif self.ranks.count > 1:
+            self._filler = weighed[-1]
+        return weighed
+
+    def _warn_of_long_rows(self, budget: Budget, longest: int) -> int:
+        """Cells that micro-batches of the longest rows may have; warns, once, if one row has more."""
+        max_tokens = budget.tokens_at(longest)
+        if not budget.fits(1, longest):
+            self._warn_once("long row", too_long_message(longest, max_tokens))
+        return max_tokens
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._has_warned:
+            self._has_warned.add(key)
+            warnings.warn(message, stacklevel=2)
+
+    # Before the first step
+
+    def _budget_for(self, rows: list[Any], sizes: Ints) -> Budget:
+        if self._budget is None:
+            config = self.trainer.mbp_config
+            options = {"max_tokens": config.max_tokens_per_micro_batch, "memory_limit": config.memory_limit}
+            states = self.trainer.state.stateful_callbacks
+            kept = states.get(STATE_KEY)
+            is_resumed = bool(kept) and kept["options"] == options
+            self._budget = Budget(**kept["budget"]) if is_resumed else self._new_budget(rows, sizes)
+            states[STATE_KEY] = {"options": options, "budget": asdict(self._budget)}
+        return self._budget
+
+    def _new_budget(self, rows: list[Any], sizes: Ints) -> Budget:
+        config = self.trainer.mbp_config
+        if config.max_tokens_per_micro_batch is not None and config.memory_limit is None:
+            return Budget(max_tokens=config.max_tokens_per_micro_batch)
+        measured = measure_budget(self.trainer, rows, sizes)
+        room = self.ranks.lowest(measured.max_bytes or 0.0)
+        return replace(measured, max_bytes=room, max_tokens=config.max_tokens_per_micro_batch)
+
+    def _cost_of_model(self) -> Cost:
+        if self._cost is None:
+            self._cost = cost_of(self.trainer.model, self.trainer.args.device)
+        return self._cost
+
+    def _check(self, rows: list[Any]) -> str:
+        """Runs the equivalence check on rows of the first step; says how it went."""
+        if not self.trainer.mbp_config.check_at_start:
+            return "Exactness was not checked (check_at_start=False)."
+        if compat.is_sharded(self.trainer):
+            return "Exactness was not checked: the model is sharded over the ranks."
+        if len(rows) < 2:
+            return "Exactness was not checked: a step of one row is never split."
+        report = equivalence.compare(self.trainer, rows, num_rows=8)
+        equivalence.settle(report, self.trainer.mbp_config.on_inexact)
+        outcome = "Checked to be exact" if report.is_exact else "NOT exact"
+        return f"{outcome}: split and whole gradient differ by {report.max_relative_error:.1g}."
+
+
+def _need_one_width(rows: list[Any]) -> bool:
+    """Whether the loss depends on the padded width, so that all rows of a mini-batch must have the same.
+
+    Extractive question answering takes a softmax over all columns, padding included.
+    """
+    return bool(rows) and isinstance(rows[0], Mapping) and "start_positions" in rows[0]
+
+
+def _describe(budget: Budget, max_tokens: int) -> str:
+    if budget.max_bytes is None:
+        return f"at most {max_tokens:,} tokens each, as asked"
+    return f"at most {max_tokens:,} tokens each, sized for {memory.format_bytes(budget.max_bytes)} of activations"

@@ -1,0 +1,66 @@
+"""Items: what the loss averages over, and how many of them a micro-batch has.
+
+A loss that is a mean over items is put together from micro-batches without error,
+
+    mean over the mini-batch = sum over micro-batches of (items of it / items of the mini-batch) x (mean over it),
+
+and so is its gradient. The factor is the micro-batch's share. All that has to be known is the number of items, and
+that is where exactness is won or lost.
+"""
+
+import torch
+
+from hf_mbp.collate import Inputs, num_rows_of
+from hf_mbp.padding import IGNORE_INDEX
+
+
+def count_items(inputs: Inputs, *, shifts: bool, is_regression: bool = False) -> int:
+    """Items of collated inputs, as the losses of transformers count them.
+
+    `shift_labels` and integer `labels` that are not -100, where `shifts` says that the loss predicts the next token
+    and so ignores the first label of every row; otherwise, and for the float targets of a regression, the rows.
+
+    Example:
+        >>> labels = torch.tensor([[5, 7, -100], [5, 7, 8]])
+        >>> count_items({"labels": labels}, shifts=False), count_items({"labels": labels}, shifts=True)
+        (5, 3)
+    """
+    labels = inputs.get("shift_labels")
+    if labels is None and has_token_labels(inputs) and shifts:
+        labels = inputs["labels"][..., 1:]
+    elif labels is None:
+        labels = inputs.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or is_regression:
+        return num_rows_of(inputs)
+    return int((labels != IGNORE_INDEX).sum())
+
+
+def has_token_labels(inputs: Inputs) -> bool:
+    """Whether there are integer labels of more than one dimension, which a loss may or may not shift."""
+    labels = inputs.get("labels")
+    return isinstance(labels, torch.Tensor) and labels.ndim >= 2 and not labels.is_floating_point()
+
+
+def shift_probes(inputs: Inputs) -> tuple[Inputs, Inputs]:
+    """Two one-row micro-batches that only a loss which does not shift its labels can tell apart.
+
+    The first has no label at all, the second one in column 0 only.
+    """
+    row = {key: value[:1] if isinstance(value, torch.Tensor) and value.ndim else value for key, value in inputs.items()}
+    none = torch.full_like(row["labels"], IGNORE_INDEX)
+    first = none.clone()
+    first[..., 0] = row["labels"].clamp(min=0).amax()
+    return {**row, "labels": none}, {**row, "labels": first}
+
+
+def with_an_item(inputs: Inputs) -> Inputs:
+    """Inputs whose loss is a number: the last label of each row is made valid where none is.
+
+    For micro-batches of weight zero, which run so that all ranks run equally many: zero times a number is zero, zero
+    times the mean over nothing is not.
+    """
+    if count_items(inputs, shifts=True) > 0 or not isinstance(inputs.get("labels"), torch.Tensor):
+        return inputs
+    labels = inputs["labels"].clone()
+    labels[..., -1] = 0
+    return {**inputs, "labels": labels}

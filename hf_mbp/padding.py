@@ -1,0 +1,59 @@
+"""What padding does to a row, and how a row is made independent of it."""
+
+from typing import Any
+
+import torch
+
+from hf_mbp.collate import Inputs
+
+IGNORE_INDEX = -100
+"""Label that no loss counts, in all of transformers and PyTorch."""
+
+
+def width_of(inputs: Inputs) -> int | None:
+    """Padded length of collated inputs with a two-dimensional `attention_mask`; `None` without one."""
+    mask = inputs.get("attention_mask")
+    return mask.shape[1] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+
+def is_left_padded(inputs: Inputs) -> bool:
+    """Whether the padding of the collated inputs stands before the rows."""
+    if width_of(inputs) in (None, 0):
+        return False
+    mask = inputs["attention_mask"]
+    return bool(((mask[:, 0] == 0) & (mask[:, -1] != 0)).any())
+
+
+def trim(inputs: Inputs) -> Inputs:
+    """Collated inputs without the columns in which every row is padding."""
+    width = width_of(inputs)
+    if width is None:
+        return inputs
+    used = (inputs["attention_mask"] != 0).any(dim=0).nonzero()
+    if not len(used):
+        return inputs
+    columns = slice(int(used[0]), int(used[-1]) + 1)
+    return {key: value[:, columns] if _has_columns(value, width) else value for key, value in inputs.items()}
+
+
+def _has_columns(value: Any, width: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[1] == width
+
+
+def settle_left_padding(inputs: Inputs, *, add_position_ids: bool) -> Inputs:
+    """Makes left-padded rows of a loss that shifts its labels independent of the width they are padded to.
+
+    In a left-padded batch the first token of a row is a target, predicted from the pad token before it, unless the
+    row is the longest one: which tokens count would depend on the grouping. Here the first token never is a target,
+    as it never is without padding. Positions are counted from the first token, again as without padding.
+    """
+    if not is_left_padded(inputs):
+        return inputs
+    mask = inputs["attention_mask"]
+    settled = dict(inputs)
+    if isinstance(labels := inputs.get("labels"), torch.Tensor) and labels.shape == mask.shape:
+        is_first = (mask != 0) & (mask.cumsum(dim=1) == 1)
+        settled["labels"] = labels.masked_fill(is_first, IGNORE_INDEX)
+    if add_position_ids and "position_ids" not in inputs:
+        settled["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return settled

@@ -1,0 +1,227 @@
+"""Plans the micro-batches of one mini-batch: which rows run together. Pure; knows no torch.
+
+A micro-batch of rows whose lengths differ is padded to its longest row, so it costs `rows x width` cells. Sorting the
+rows by length and cutting the sorted list into contiguous groups gives, for any group sizes, the smallest widths
+possible. What is left to choose is where to cut, and dynamic programming over the cut positions finds the cheapest
+plan among those that respect the budget.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+Ints: TypeAlias = npt.NDArray[np.int64]
+Size: TypeAlias = int | tuple[int, ...]
+"""Length of a row, or its lengths where parts are padded separately: (source, target) of an encoder-decoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Modelled time of a micro-batch, in units of the time of one cell.
+
+    `overhead` is what a micro-batch costs whatever its size (kernel launches, adding gradients to parameters), `cell`
+    what each padded token costs, and `attention` what each pair of positions in a row costs. The planner minimises
+    the sum over the micro-batches. Any model that falls neither with rows nor with width could stand here.
+    """
+
+    overhead: float = 32.0
+    cell: float = 1.0
+    attention: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not value >= 0:
+                raise ValueError(f"Cost.{name} must not be negative, got {value!r}.")
+
+    def __call__(self, rows: Ints, width: Ints) -> Floats:
+        """Modelled time of micro-batches of `rows` rows padded to `width`."""
+        return np.asarray(self.overhead + rows * (width * (self.cell + self.attention * width)), dtype=np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The cap on a micro-batch: a number of cells, a number of bytes, or both.
+
+    `max_tokens` caps `rows x width`. `max_bytes` caps `rows x (bytes_per_cell x width + bytes_per_pair x width^2)`,
+    the memory that the activations of a micro-batch need.
+    """
+
+    max_tokens: int | None = None
+    max_bytes: float | None = None
+    bytes_per_cell: float = 0.0
+    bytes_per_pair: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            check_max_tokens(self.max_tokens, "max_tokens")
+        for name in ("max_bytes", "bytes_per_cell", "bytes_per_pair"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"Budget.{name} must not be negative, got {value!r}.")
+
+    def bytes(self, rows: Any, width: Any) -> Any:
+        """Bytes that the activations of a micro-batch `[rows, width]` are expected to need."""
+        return rows * (self.bytes_per_cell * width + self.bytes_per_pair * width**2)
+
+    def fits(self, rows: Any, width: Any) -> Any:
+        """Whether micro-batches `[rows, width]` respect the cap; for numbers or arrays."""
+        in_tokens = rows * width <= self.max_tokens if self.max_tokens is not None else True
+        in_bytes = self.bytes(rows, width) <= self.max_bytes if self.max_bytes is not None else True
+        return np.logical_and(in_tokens, in_bytes)
+
+    def tokens_at(self, width: int) -> int:
+        """The most cells a micro-batch of rows of `width` tokens may have; 0 if nothing limits it."""
+        caps = [] if self.max_tokens is None else [self.max_tokens]
+        per_cell = self.bytes(1, width) / width
+        if self.max_bytes is not None and per_cell > 0:
+            caps.append(int(self.max_bytes / per_cell))
+        return min(caps, default=0)
+
+
+def check_max_tokens(value: Any, name: str) -> None:
+    """Raises `ValueError` unless `value` is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(
+            f"{name} must be a positive integer, the padded tokens (rows x width) one micro-batch may have, "
+            f"got {value!r}. Write for example {name}=8192."
+        )
+
+
+def plan_micro_batches(
+    lengths: Sequence[Size], max_tokens: int, *, num_micro_batches: int | None = None
+) -> list[list[int]]:
+    """Splits the rows of a mini-batch into micro-batches of at most `max_tokens` cells.
+
+    Every index is used exactly once, and the micro-batch with the longest rows comes first, so that the worst case
+    for memory is met at once. Among all plans that respect the cap the one with the smallest modelled time is taken
+    (see `Cost`), so a micro-batch may have fewer cells than it could. A row that alone is longer than `max_tokens`
+    runs by itself.
+
+    Args:
+        lengths: tokens of each row; a tuple `(source, target)` where two parts are padded separately.
+        max_tokens: cap on the cells, `rows x width`, of a micro-batch.
+        num_micro_batches: ask for exactly that many.
+
+    Returns:
+        The row indices of each micro-batch.
+
+    Raises:
+        ValueError: an argument is out of range, or `num_micro_batches` cannot be met.
+
+    Example:
+        >>> plan_micro_batches([3, 50, 4, 48, 5], max_tokens=100)
+        [[1, 3], [4, 2, 0]]
+        >>> plan_micro_batches([3, 50, 4, 48, 5], max_tokens=100, num_micro_batches=3)
+        [[1], [3], [4, 2, 0]]
+
+    After the token budget of fairseq's `--max-tokens`; for contiguous groups of sorted rows see "Scheduling
+    micro-batches" in `docs/how_it_works.md`.
+    """
+    check_max_tokens(max_tokens, "max_tokens")
+    sizes = as_sizes(lengths)
+    longest = int(sizes.sum(axis=1).max(initial=0))
+    if longest > max_tokens:
+        warnings.warn(too_long_message(longest, max_tokens), stacklevel=2)
+    return plan_rows(sizes, Budget(max_tokens=int(max_tokens)), Cost(), num_micro_batches=num_micro_batches)
+
+
+def too_long_message(length: int, max_tokens: int) -> str:
+    """What to tell the user about a row that is longer than the budget."""
+    return (
+        f"A row of {length:,} tokens is longer than the budget of {max_tokens:,} tokens a micro-batch: it runs by "
+        "itself, uncut. If it does not fit the device, shorten such rows or raise the budget."
+    )
+
+
+def as_sizes(lengths: Sequence[Size]) -> Ints:
+    """Row lengths as an array `[rows, parts]`; an empty row still fills one cell.
+
+    Raises:
+        ValueError: a length is negative or not an integer, or rows have different numbers of parts.
+    """
+    rows = [length if isinstance(length, tuple) else (length,) for length in lengths]
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError("All rows must have the same number of lengths.")
+    sizes = np.array(rows, dtype=object).reshape(len(rows), -1)
+    if not all(isinstance(part, (int, np.integer)) and part >= 0 for part in sizes.flat):
+        raise ValueError("Row lengths must be integers and not negative.")
+    sizes = sizes.astype(np.int64)
+    if sizes.size:
+        sizes[:, 0] += sizes.sum(axis=1) == 0
+    return sizes
+
+
+def round_up(sizes: Ints, multiple: int | None) -> Ints:
+    """Lengths as a collator with `pad_to_multiple_of=multiple` pads them."""
+    return sizes if not multiple else -(-sizes // multiple) * multiple
+
+
+def plan_rows(sizes: Ints, budget: Budget, cost: Cost, *, num_micro_batches: int | None = None) -> list[list[int]]:
+    """The cheapest plan for rows of the given `sizes` `[rows, parts]`; see `plan_micro_batches`."""
+    num_rows = len(sizes)
+    if num_micro_batches is not None and (num_micro_batches < 1 or num_micro_batches > num_rows):
+        raise ValueError(
+            f"num_micro_batches={num_micro_batches} is impossible for {num_rows} rows: every micro-batch needs a row."
+        )
+    order = np.argsort(-sizes.sum(axis=1), kind="stable")
+    cuts = _best_cuts(sizes[order], budget, cost, num_micro_batches)
+    return [order[start:end].tolist() for start, end in pairwise(cuts)]
+
+
+def _best_cuts(sizes: Ints, budget: Budget, cost: Cost, num_groups: int | None) -> list[int]:
+    """Positions [0, ..., rows] at which to cut the sorted rows.
+
+    `best[layer, i]` is the least cost of the first `i` rows; a layer holds the plans with that many micro-batches,
+    and one layer holds all where the number is free.
+    """
+    num_rows = len(sizes)
+    layers = 1 if num_groups is None else num_groups + 1
+    best = np.full((layers, num_rows + 1), np.inf)
+    best[0, 0] = 0.0
+    last_cut = np.zeros((layers, num_rows + 1), dtype=np.int64)
+    before, after = (best, best) if num_groups is None else (best[:-1], best[1:])
+    last_cut_after = last_cut if num_groups is None else last_cut[1:]
+    for start in range(num_rows):
+        costs = _costs_from(sizes, start, budget, cost)
+        reach = slice(start + 1, start + 1 + len(costs))
+        candidates = before[:, start, None] + costs
+        better = candidates < after[:, reach]
+        after[:, reach][better] = candidates[better]
+        last_cut_after[:, reach][better] = start
+    if np.isinf(best[-1, -1]):
+        raise ValueError(
+            f"num_micro_batches={num_groups} is too few: {num_rows} rows need more micro-batches to respect {budget}."
+        )
+    return _walk_back(last_cut, num_groups)
+
+
+def _costs_from(sizes: Ints, start: int, budget: Budget, cost: Cost) -> Floats:
+    """Costs of the groups [start, start + 1), [start, start + 2), ... while they fit; the first always does."""
+    band = sizes[start : start + _most_rows(int(sizes[start].sum()), budget, len(sizes) - start)]
+    rows = np.arange(1, len(band) + 1)
+    width = np.maximum.accumulate(band, axis=0).sum(axis=1)
+    fits = budget.fits(rows, width) & np.ones(len(band), dtype=bool)
+    fits[0] = True
+    num_fit = len(band) if fits.all() else int(np.argmin(fits))
+    return cost(rows[:num_fit], width[:num_fit])
+
+
+def _most_rows(width: int, budget: Budget, num_rows: int) -> int:
+    """An upper bound of how many of `num_rows` rows fit beside a row of `width`, to keep the search short."""
+    max_tokens = budget.tokens_at(width)
+    return num_rows if not max_tokens else min(num_rows, max(1, max_tokens // width + 1))
+
+
+def _walk_back(last_cut: Ints, num_groups: int | None) -> list[int]:
+    cuts = [last_cut.shape[1] - 1]
+    layer = 0 if num_groups is None else num_groups
+    while cuts[-1] > 0:
+        cuts.append(int(last_cut[layer, cuts[-1]]))
+        layer -= num_groups is not None
+    return cuts[::-1]

@@ -1,0 +1,86 @@
+"""Runs the user's model and loss on the side, and leaves no trace."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import isnan
+from typing import Any
+
+import torch
+
+from hf_mbp import compat
+from hf_mbp.collate import Inputs, seeded
+from hf_mbp.items import shift_probes
+
+
+@contextmanager
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Restores gradients, buffers, training flags and random states when the block is left."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    flags = [(module, module.training) for module in model.modules()]
+    config: Any = getattr(model, "config", None)
+    problem_type = getattr(config, "problem_type", None)  # sequence classification sets it at its first loss
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices), seeded(0):
+        try:
+            for parameter, _ in gradients:
+                parameter.grad = None
+            yield
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            for buffer, value in buffers:
+                buffer.data.copy_(value)
+            for module, was_training in flags:
+                module.training = was_training
+            if hasattr(config, "problem_type"):
+                config.problem_type = problem_type
+
+
+@contextmanager
+def kept_metrics(trainer: Any) -> Iterator[None]:
+    """Restores what subclasses of the trainer note in `_metrics` at each call of `compute_loss`, as those of TRL do."""
+    if not hasattr(trainer, "_metrics"):
+        yield
+        return
+    before = copy.deepcopy(trainer._metrics)
+    try:
+        yield
+    finally:
+        trainer._metrics = before
+
+
+def loss_of(trainer: Any, inputs: Inputs, num_items: float) -> torch.Tensor:
+    """The mean loss of one micro-batch, as the training step computes it, of the model without wrappers."""
+    with (
+        kept_metrics(trainer),
+        compat.weighted_loss(trainer, 1.0, num_items),
+        trainer.compute_loss_context_manager(),
+    ):
+        loss: torch.Tensor = trainer.compute_loss(trainer.model, compat.prepare_inputs(trainer, inputs))
+    return loss
+
+
+def without_dropout(model: torch.nn.Module) -> None:
+    """Evaluation mode, except for batch normalisation, whose dependence on the batch is not to be hidden."""
+    training = [
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training
+    ]
+    model.eval()
+    for module in training:
+        module.train()
+
+
+def loss_shifts_labels(trainer: Any, inputs: Inputs) -> bool:
+    """Whether the loss predicts the next token, so that a label in the first column changes nothing.
+
+    Neither the name nor the loss mapping of a model tells: BartForCausalLM does not shift, GPT-2 does and has no loss
+    type.
+    """
+    with undisturbed(trainer.model), torch.no_grad():
+        trainer.model.eval()
+        without, with_first = (float(loss_of(trainer, probe, num_items=1)) for probe in shift_probes(inputs))
+    return without == with_first or (isnan(without) and isnan(with_first))

@@ -1,0 +1,131 @@
+"""What the steps did: numbers for the logs, and a line for the reader."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainerCallback
+
+from hf_mbp.distributed import Ranks
+from hf_mbp.plan import Ints
+from hf_mbp.step import MicroBatch
+
+
+@dataclass
+class Counts:
+    """Sums over a number of optimizer steps, on this rank."""
+
+    steps: int = 0
+    micro_batches: int = 0
+    cells: int = 0
+    tokens: int = 0
+    unsplit_cells: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: "Counts") -> None:
+        """Adds another count to this one."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def over(self, ranks: Ranks) -> "Counts":
+        """Of all ranks: cells and tokens are added up, steps, micro-batches and seconds are those of the slowest."""
+        gathered = zip(*ranks.gather(*vars(self).values()), strict=True)
+        values = dict(zip(vars(self), gathered, strict=True))
+        merge = {"cells": sum, "tokens": sum, "unsplit_cells": sum}
+        merged = {name: merge.get(name, max)(numbers) for name, numbers in values.items()}
+        return Counts(**{name: value if name == "seconds" else int(value) for name, value in merged.items()})
+
+    @property
+    def padding_fraction(self) -> float:
+        """Share of the cells that were padding."""
+        return 1 - self.tokens / self.cells if self.cells else 0.0
+
+    @property
+    def padding_fraction_unsplit(self) -> float:
+        """Share that would have been padding, had each batch been padded to its longest row, as usual."""
+        return max(0.0, 1 - self.tokens / self.unsplit_cells) if self.unsplit_cells else 0.0
+
+
+class StepReport:
+    """Collects the steps since the last log, and all of the run."""
+
+    def __init__(self) -> None:
+        self.since_log = Counts()
+        self.total = Counts()
+        self.max_tokens = 0
+        self._started: float | None = None
+
+    def start_step(self) -> None:
+        """Starts the clock of a step; it runs until `stop_clock`, so that evaluation and saving are not counted."""
+        self.stop_clock()
+        self._started = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """Stops the clock, if it runs."""
+        if self._started is not None:
+            self.since_log.seconds += time.perf_counter() - self._started
+            self._started = None
+
+    def add_step(self, micro_batches: list[MicroBatch], batches: list[Ints], max_tokens: int) -> None:
+        """Notes the micro-batches of a step and, to compare, the row sizes of its batches as they were read."""
+        self.max_tokens = max_tokens
+        self.since_log.add(
+            Counts(
+                steps=1,
+                micro_batches=len(micro_batches),
+                cells=sum(micro_batch.cells for micro_batch in micro_batches),
+                tokens=sum(micro_batch.tokens for micro_batch in micro_batches),
+                unsplit_cells=sum(int(len(sizes) * sizes.max(axis=0).sum()) for sizes in batches),
+            )
+        )
+
+    def flush(self, ranks: Ranks, peak_bytes: int) -> dict[str, float]:
+        """Log entries for the steps since the last call; to be called by all ranks."""
+        self.total.add(self.since_log)
+        counts, self.since_log = self.since_log.over(ranks), Counts()
+        return {
+            "mbp_micro_batches": counts.micro_batches / max(counts.steps, 1),
+            "mbp_padding_fraction": counts.padding_fraction,
+            "mbp_tokens_per_second": counts.tokens / counts.seconds if counts.seconds else 0.0,
+            "mbp_cells": counts.cells,
+            "mbp_tokens": counts.tokens,
+            "mbp_max_tokens": self.max_tokens,
+            "mbp_peak_memory_bytes": peak_bytes,
+            "mbp_oom_retries": 0,
+        }
+
+    def totals(self, ranks: Ranks) -> dict[str, float]:
+        """Metrics of the whole run, for the end of training; to be called by all ranks."""
+        self.total.add(self.since_log)
+        counts, self.since_log = self.total.over(ranks), Counts()
+        return {
+            "mbp_micro_batches": counts.micro_batches / max(counts.steps, 1),
+            "mbp_cells": counts.cells,
+            "mbp_tokens": counts.tokens,
+            "mbp_padding_fraction": counts.padding_fraction,
+            "mbp_padding_fraction_unsplit": counts.padding_fraction_unsplit,
+            "mbp_tokens_per_second": counts.tokens / counts.seconds if counts.seconds else 0.0,
+        }
+
+
+class StepClock(TrainerCallback):
+    """Stops the clock of the report when an optimizer step is done, before stock logs, evaluates and saves."""
+
+    def __init__(self, report: StepReport) -> None:
+        self._report = report
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Called by the training loop."""
+        self._report.stop_clock()
+
+
+def start_line(num_rows: int, micro_batches: list[MicroBatch], sizes: list[Ints], budget: str, check: str) -> str:
+    """What will happen, in words, from the first step."""
+    counts = StepReport()
+    counts.add_step(micro_batches, sizes, 0)
+    step = counts.since_log
+    return (
+        f"hf_mbp: {num_rows:,} rows a step run as {len(micro_batches):,} micro-batches ({budget}). "
+        f"Padding in the first step: {step.padding_fraction:.1%} of {step.cells:,} cells; "
+        f"{step.padding_fraction_unsplit:.1%} of {step.unsplit_cells:,} without splitting. {check}"
+    )

@@ -1,0 +1,113 @@
+"""Applies planning and memory to the user's model: what its micro-batches cost and how large they may be."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_mbp import compat, memory
+from hf_mbp.collate import Inputs
+from hf_mbp.plan import Budget, Cost, Ints
+from hf_mbp.probe import loss_of, undisturbed
+
+PROBE_CELLS = 256
+"""Cells of a micro-batch that is run to measure its memory: from here on bytes per cell hardly change."""
+
+NARROW, WIDE = 32, 512
+"""Widths at which memory is measured, if rows are that long: far enough apart to tell what grows with their square."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceClass:
+    """What a kind of device does in a second, in orders of magnitude, for the cost model of the planner."""
+
+    flops: float
+    bytes: float
+    launches: float
+
+
+DEVICE_CLASSES = {
+    "cpu": DeviceClass(flops=1e11, bytes=1e10, launches=1e5),  # a few cores
+    "mps": DeviceClass(flops=5e12, bytes=2e11, launches=5e4),
+    "cuda": DeviceClass(flops=1e14, bytes=1e12, launches=1e5),
+}
+"""Constants and not measurements, so that plans are the same in every run."""
+
+OPERATORS_PER_LAYER = 60
+"""Kernels that forward and backward of a transformer layer launch."""
+
+
+def cost_of(model: torch.nn.Module, device: torch.device) -> Cost:
+    """The cost model for the planner, from the shape of the model and the kind of device.
+
+    A cell costs six floating point operations for each weight it is multiplied with, forward and backward together;
+    a pair of positions twelve for each layer and hidden unit. A micro-batch costs the launch of its kernels, and
+    reading and writing each trainable parameter's gradient, whatever its size.
+    """
+    speed = DEVICE_CLASSES.get(device.type, DEVICE_CLASSES["cuda"])
+    layers, hidden = _shape(model)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradient_bytes = 3 * sum(parameter.numel() * parameter.element_size() for parameter in trainable)
+    cell = 6.0 * max(1, _multiplied_weights(model))
+    seconds = OPERATORS_PER_LAYER * max(1, layers) / speed.launches + gradient_bytes / speed.bytes
+    return Cost(overhead=seconds * speed.flops / cell, cell=1.0, attention=12.0 * layers * hidden / cell)
+
+
+def _shape(model: torch.nn.Module) -> tuple[int, int]:
+    """Layers and hidden units; zeros where the model does not say."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return int(getattr(config, "num_hidden_layers", 0) or 0), int(getattr(config, "hidden_size", 0) or 0)
+
+
+def _multiplied_weights(model: torch.nn.Module) -> int:
+    """Weights each token is multiplied with: all but those of embeddings, which are looked up."""
+    looked_up = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    tied = head.weight.numel() if head is not None and _is_embedding(model, head.weight) else 0
+    return sum(parameter.numel() for parameter in model.parameters()) - sum(looked_up) + tied
+
+
+def _is_embedding(model: torch.nn.Module, weight: torch.Tensor) -> bool:
+    return any(isinstance(m, torch.nn.Embedding) and m.weight is weight for m in model.modules())
+
+
+def measure_budget(trainer: Any, rows: list[Any], sizes: Ints) -> Budget:
+    """The budget that the free memory allows, from the memory that two small micro-batches need.
+
+    They are made of the longest row, cut to two widths, so that what grows with the square of the width shows.
+
+    Raises:
+        ValueError: the model is sharded, or no memory is left.
+    """
+    if compat.is_sharded(trainer):
+        raise ValueError(
+            "The budget cannot be sized from memory under FSDP and DeepSpeed yet: set max_tokens_per_micro_batch, for "
+            "example to the tokens of the largest batch that fits without micro-batches."
+        )
+    lengths = sizes.sum(axis=1)
+    (inputs,) = trainer.mbp_feed.collate([[rows[int(lengths.argmax())]]])
+    widest = min(int(lengths.max()), WIDE)
+    widths = sorted({min(widest, NARROW), widest})
+    with undisturbed(trainer.model):
+        trainer.model.train()
+        measured = [_measure(trainer, inputs, width, int(lengths.max())) for width in widths]
+    pending = memory.pending_training_bytes(list(trainer.model.parameters()), trainer.optimizer)
+    limit = memory.parse_memory_limit(trainer.mbp_config.memory_limit)
+    return memory.fit_budget(measured, memory.room_for_activations(trainer.args.device, limit, pending))
+
+
+def _measure(trainer: Any, inputs: Inputs, width: int, full_width: int) -> tuple[int, int, int]:
+    """`(rows, width, bytes)` of one micro-batch of about `PROBE_CELLS` cells."""
+    rows = -(-PROBE_CELLS // width)
+    micro_batch = memory.reshape_inputs(inputs, rows, width / full_width)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    num_items = max(1.0, trainer.num_items(micro_batch))
+
+    def run() -> None:
+        loss_of(trainer, micro_batch, num_items).backward()  # type: ignore[no-untyped-call]
+
+    return rows, width, memory.measure_activations(run)

@@ -1,0 +1,160 @@
+"""The algorithm: the micro-batches of one mini-batch. After Piao et al., IEEE Access 2023 (arXiv 2110.12484).
+
+    1. `split_mini_batch`   the rows of the step -> a plan under the budget -> padded micro-batches, the longest first
+    2. `weigh`              each micro-batch gets its share of the items that the loss averages over, on all ranks
+    3. `run_micro_batches`  one after the other: forward, backward; gradients are synchronised at the last
+
+The gradients that are left are those of the whole mini-batch, because its loss is a mean over items (see `items.py`).
+Nothing here knows a Trainer.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from hf_mbp.collate import Inputs
+from hf_mbp.distributed import Ranks
+from hf_mbp.items import with_an_item
+from hf_mbp.plan import Budget, Cost, Ints, plan_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Rows that run together, collated, on the host.
+
+    `weight` is the share of the micro-batch times the number of ranks: gradients are averaged over the ranks, and the
+    share is of all their items together.
+    """
+
+    inputs: Inputs
+    num_rows: int
+    num_items: float
+    cells: int
+    tokens: int
+    weight: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFunctions:
+    """What has to be known about the user's rows.
+
+    `collate` pads each of the given groups of rows, `num_items` and `num_cells` count what it returns.
+    """
+
+    collate: Callable[[list[list[Any]]], list[Inputs]]
+    num_items: Callable[[Inputs], float]
+    num_cells: Callable[[Inputs], int]
+
+
+def split_mini_batch(
+    rows: Sequence[Any], sizes: Ints, *, budget: Budget, cost: Cost, functions: RowFunctions, ranks: Ranks
+) -> list[MicroBatch]:
+    """Micro-batches of all `rows`, each once, within `budget`, the longest first.
+
+    Ranks plan for the same number of micro-batches, so that none waits for another.
+    """
+    plan = plan_rows(sizes, budget, cost)
+    agreed = min(ranks.highest(len(plan)), len(rows))
+    if agreed > len(plan):
+        plan = plan_rows(sizes, budget, cost, num_micro_batches=agreed)
+    return collate_groups(rows, sizes, plan, budget, functions)
+
+
+def collate_groups(
+    rows: Sequence[Any], sizes: Ints, groups: list[list[int]], budget: Budget, functions: RowFunctions
+) -> list[MicroBatch]:
+    """Pads each group; a group that the collator pads beyond the budget is halved until it fits.
+
+    That happens with collators that pad to more than the longest row.
+    """
+    micro_batches = []
+    for group, inputs in zip(groups, functions.collate([[rows[i] for i in group] for group in groups]), strict=True):
+        cells = functions.num_cells(inputs)
+        if len(group) > 1 and not budget.fits(len(group), cells / len(group)):
+            half = len(group) // 2
+            micro_batches += collate_groups(rows, sizes, [group[:half], group[half:]], budget, functions)
+            continue
+        micro_batches.append(
+            MicroBatch(
+                inputs=inputs,
+                num_rows=len(group),
+                num_items=functions.num_items(inputs),
+                cells=cells,
+                tokens=_useful_tokens(inputs, int(sizes[group].sum()), cells),
+            )
+        )
+    return micro_batches
+
+
+def _useful_tokens(inputs: Inputs, planned: int, cells: int) -> int:
+    """Cells that are not padding: by the mask, which knows about rows that came padded, or by the rows' lengths."""
+    mask, token_ids = inputs.get("attention_mask"), inputs.get("input_ids")
+    if isinstance(mask, torch.Tensor) and isinstance(token_ids, torch.Tensor) and mask.shape == token_ids.shape:
+        padding = mask.numel() - int((mask != 0).sum())
+        return min(planned, cells - padding)
+    return min(planned, cells)
+
+
+def weigh(micro_batches: list[MicroBatch], ranks: Ranks, filler: MicroBatch | None = None) -> list[MicroBatch]:
+    """The micro-batches to run, with their weights.
+
+    On one process those without items are left out: they add nothing, and their mean is 0/0. Several ranks run
+    equally many, or their collectives would pair up wrongly; `filler`, at weight zero, stands in where a rank has
+    fewer or where one has no items.
+    """
+    counts = ranks.gather(len(micro_batches), sum(micro_batch.num_items for micro_batch in micro_batches))
+    most = int(max(count for count, _ in counts))
+    total_items = sum(items for _, items in counts)
+    if total_items == 0:
+        return []
+    weighed = [replace(mb, weight=mb.num_items / total_items * ranks.count) for mb in micro_batches]
+    if ranks.count == 1:
+        return [micro_batch for micro_batch in weighed if micro_batch.num_items > 0]
+    weighed = [mb if mb.num_items > 0 else replace(mb, inputs=with_an_item(mb.inputs)) for mb in weighed]
+    return weighed + _fillers(filler or weighed[-1], most - len(weighed))
+
+
+def _fillers(model: MicroBatch, count: int) -> list[MicroBatch]:
+    empty = replace(model, inputs=with_an_item(model.inputs), num_rows=0, num_items=0, cells=0, tokens=0, weight=0.0)
+    return [empty] * count
+
+
+def deal(micro_batches: list[MicroBatch], num_piles: int) -> list[list[MicroBatch]]:
+    """The micro-batches, in order, in `num_piles` piles as even as can be; if some are empty, never the last.
+
+    Example:
+        >>> deal(list("abcde"), 2), deal(list("a"), 3)
+        ([['a', 'b'], ['c', 'd', 'e']], [[], [], ['a']])
+    """
+    cuts = [len(micro_batches) * pile // num_piles for pile in range(num_piles + 1)]
+    return [micro_batches[start:end] for start, end in pairwise(cuts)]
+
+
+def run_micro_batches(
+    micro_batches: Sequence[MicroBatch],
+    backward: Callable[[MicroBatch], torch.Tensor],
+    *,
+    defer_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> torch.Tensor:
+    """Runs the micro-batches one after the other and leaves the sum of their weighted gradients.
+
+    Args:
+        micro_batches: at least one.
+        backward: forward and backward of one micro-batch; returns its weighted loss, detached.
+        defer_sync: a context in which gradients are added up locally; entered for all but the last.
+
+    Returns:
+        The sum of the weighted losses: the loss of the mini-batch, on one process.
+    """
+    *before, last = micro_batches
+    loss = None
+    for micro_batch in before:
+        with defer_sync():
+            part = backward(micro_batch)
+        loss = part if loss is None else loss + part
+    part = backward(last)
+    return part if loss is None else loss + part

@@ -1,0 +1,195 @@
+"""`MBPTrainer`: the Trainer of transformers, with each mini-batch run in exact micro-batches."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Seq2SeqTrainer, Trainer
+
+from hf_mbp import collate, compat, items, memory
+from hf_mbp.collate import Inputs, KeepRows
+from hf_mbp.config import MBPConfig
+from hf_mbp.distributed import Ranks
+from hf_mbp.feed import Feed
+from hf_mbp.report import StepClock, StepReport
+from hf_mbp.step import MicroBatch, deal, run_micro_batches
+
+if TYPE_CHECKING:
+    _Base = Any
+else:
+    _Base = object
+
+
+class MicroBatches:
+    """The micro-batches that stand in for one data loader batch in the stock training loop. Opaque, like `Rows`."""
+
+    def __init__(self, micro_batches: list[MicroBatch]) -> None:
+        self.micro_batches = micro_batches
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+
+class MBPMixin(_Base):
+    """Micro-batch processing for any subclass of `transformers.Trainer`; put it before that class.
+
+    `class MySFT(MBPMixin, trl.SFTTrainer): ...`
+
+    What it overrides, and why:
+
+    * `__init__`: takes `mbp_config`; refuses what cannot be exact.
+    * `get_train_dataloader`: has the loader hand over rows that are not padded yet.
+    * `get_batch_samples`: plans and pads the rows of a whole optimizer step.
+    * `training_step`: runs the micro-batches, each by the `training_step` of the next class.
+    * `log`: adds the `mbp_` entries.
+    * `floating_point_ops`, `_track_num_input_tokens`: count what the stock loop asks about a batch.
+
+    What users may override: `num_items` for a loss of their own and `row_length` for rows whose size is not in
+    `input_ids`.
+    """
+
+    def __init__(self, *args: Any, mbp_config: MBPConfig | None = None, **kwargs: Any) -> None:
+        """Takes everything the next class takes, and `mbp_config`.
+
+        Raises:
+            ValueError: something asked for is not supported; the message says what to do.
+        """
+        if mbp_config is not None and not isinstance(mbp_config, MBPConfig):
+            raise TypeError(f"mbp_config must be an MBPConfig, got {type(mbp_config).__name__}.")
+        self.mbp_config = mbp_config or MBPConfig()
+        super().__init__(*args, **kwargs)
+        compat.refuse_unsupported(self)
+        self._ranks = Ranks(self.accelerator)
+        self._report = StepReport()
+        self.mbp_feed = Feed(self, self._ranks, self._report)
+        self.add_callback(StepClock(self._report))
+
+    # What users may override
+
+    def num_items(self, micro_batch: Mapping[str, Any]) -> float:
+        """What the loss averages over, counted in a collated micro-batch on the host.
+
+        Here: labels that are not -100, without the first column if the loss shifts the labels, which is found out by
+        trying; rows where there are no labels or they are the float targets of a regression. Override it for a loss
+        that divides by something else: the sum of the labels' weights for a class-weighted cross-entropy.
+        """
+        inputs = dict(micro_batch)
+        shifts = items.has_token_labels(inputs) and "shift_labels" not in inputs and self.mbp_feed.shifts_labels(inputs)
+        return items.count_items(inputs, shifts=shifts, is_regression=compat.is_regression(self.model))
+
+    def row_length(self, row: Any) -> int:
+        """Tokens of a row of the data set: of its `input_ids`, or 1. Override it where the size is elsewhere."""
+        return collate.row_length(row)
+
+    # What the stock loop calls
+
+    def get_train_dataloader(self) -> Any:
+        """The stock loader, except that its batches are rows; whoever overrides it may return any batches."""
+        compat.require_rows(self)
+        self.mbp_feed.restart()
+        with compat.deferred_collation(self, KeepRows()):
+            return super().get_train_dataloader()
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], None]:
+        """Reads the batches of an optimizer step and returns as many, with their rows grouped into micro-batches."""
+        self._report.start_step()
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return [], None
+        piles = deal(self.mbp_feed.micro_batches(batches), len(batches))
+        return [MicroBatches(pile) for pile in piles], None
+
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Runs the micro-batches of a batch, one after the other; other inputs run as in the next class."""
+        step = super().training_step
+        if not isinstance(inputs, MicroBatches):
+            loss: torch.Tensor = step(model, inputs, num_items_in_batch)
+            return loss
+        if not inputs.micro_batches:
+            return torch.zeros((), device=self.args.device)
+
+        def backward(micro_batch: MicroBatch) -> torch.Tensor:
+            with compat.weighted_loss(self, micro_batch.weight, micro_batch.num_items):
+                weighted: torch.Tensor = step(model, dict(micro_batch.inputs), None)
+            return weighted
+
+        return run_micro_batches(inputs.micro_batches, backward, defer_sync=compat.sync_deferral(self, model))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The stock logs, with the entries of micro-batch processing beside the training loss."""
+        if self.is_in_train and {"loss", "learning_rate"} <= logs.keys():
+            logs.update(self._report.flush(self._ranks, memory.peak_memory(self.args.device)))
+        elif self.is_in_train and "train_runtime" in logs:
+            logs.update(self._report.totals(self._ranks))
+        super().log(logs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Of all the micro-batches that stand in for a batch."""
+        count = super().floating_point_ops
+        if not isinstance(inputs, MicroBatches):
+            return int(count(inputs))
+        return sum(int(count(micro_batch.inputs)) for micro_batch in inputs.micro_batches if micro_batch.num_rows)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Counts once for all the micro-batches of a batch: stock gathers over the ranks at each call."""
+        if isinstance(inputs, MicroBatches) and self.args.include_num_input_tokens_seen != "no":
+            inputs = _flattened(
+                [mb.inputs for mb in inputs.micro_batches if mb.num_rows],
+                getattr(self.model, "main_input_name", "input_ids"),
+            )
+        super()._track_num_input_tokens(inputs)
+
+
+def _flattened(micro_batches: list[Inputs], main_input_name: str) -> Inputs:
+    """Inputs with as many tokens, and as many that are not padding, as all the micro-batches together."""
+    keys = [
+        key
+        for key in (main_input_name, "attention_mask")
+        if all(isinstance(inputs.get(key), torch.Tensor) for inputs in micro_batches)
+    ]
+    return {
+        key: torch.cat([inputs[key].reshape(-1) for inputs in micro_batches])
+        if micro_batches
+        else torch.zeros(0, dtype=torch.long)
+        for key in keys
+    }
+
+
+class MBPTrainer(MBPMixin, Trainer):
+    """`transformers.Trainer` that fits any batch size into memory, exactly and with little padding.
+
+    Takes everything `Trainer` takes, and `mbp_config`. Choose `per_device_train_batch_size` (times
+    `gradient_accumulation_steps`) for the optimisation alone: the rows of an optimizer step are split into
+    micro-batches under a token budget, and the gradient is that of the whole batch.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+        >>> model = BertForSequenceClassification(
+        ...     BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+        ... )
+        >>> rows = [{"input_ids": [5] * length, "labels": length % 2} for length in range(2, 34)]
+        >>> def pad(rows):
+        ...     ids = [torch.tensor(row["input_ids"]) for row in rows]
+        ...     ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        ...     return {
+        ...         "input_ids": ids,
+        ...         "attention_mask": (ids != 0).long(),
+        ...         "labels": torch.tensor([row["labels"] for row in rows]),
+        ...     }
+        >>> args = TrainingArguments(
+        ...     output_dir=getfixture("tmp_path"), per_device_train_batch_size=32, max_steps=1, report_to="none",
+        ...     dataloader_pin_memory=False,
+        ... )
+        >>> trainer = MBPTrainer(
+        ...     model=model, args=args, train_dataset=rows, data_collator=pad,
+        ...     mbp_config=MBPConfig(max_tokens_per_micro_batch=128),
+        ... )
+        >>> metrics = trainer.train().metrics  # doctest: +ELLIPSIS
+        hf_mbp: 32 rows a step run as ...
+        >>> metrics["mbp_tokens"]
+        560
+    """
+
+
+class MBPSeq2SeqTrainer(MBPMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with micro-batch processing; see `MBPTrainer`."""
