@@ -10,8 +10,8 @@ import torch
 
 from hf_mbp import compat
 from hf_mbp.collate import Inputs, num_rows_of, select_rows
-from hf_mbp.padding import is_left_padded, trim, width_of
-from hf_mbp.probe import loss_of, undisturbed, without_dropout
+from hf_mbp.padding import is_left_padded, trim
+from hf_mbp.probe import batch_norms_of, loss_of, undisturbed, without_dropout
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 """Largest relative error that passes, by the dtype of the computation: far above rounding (1e-7 in float64, because
@@ -101,19 +101,20 @@ def compare(trainer: Any, rows: list[Any], num_rows: int) -> EquivalenceReport:
         return _Comparison(trainer, rows, num_rows).report()
 
 
-def _uneven_groups(num_rows: int) -> list[list[int]]:
-    """Contiguous groups of 1, 2, 3, ... rows, so that no two weigh the same.
+def _uneven_groups(num_rows: int, smallest: int = 1) -> list[list[int]]:
+    """Contiguous groups of `smallest`, `smallest` + 1, ... rows, so that no two weigh the same.
 
     Example:
         >>> _uneven_groups(8)
-        [[0], [1, 2], [3, 4, 5], [6, 7]]
+        [[0], [1, 2], [3, 4, 5, 6, 7]]
     """
     groups: list[list[int]] = []
     start = 0
     while start < num_rows:
-        end = min(num_rows, start + len(groups) + 1)
-        groups.append(list(range(start, end)))
-        start = end
+        end = start + smallest + len(groups)
+        is_last = end + smallest + len(groups) + 1 > num_rows
+        groups.append(list(range(start, num_rows if is_last else end)))
+        start = groups[-1][-1] + 1
     return groups
 
 
@@ -126,18 +127,20 @@ class _Comparison:
         by_length = sorted(rows, key=lambda row: int(trainer.mbp_feed.sizes([row]).sum()))
         with_items = (row for row in by_length if self.items(*trainer.mbp_feed.collate([[row]])) > 0)
         self.rows = (list(islice(with_items, num_rows)) or by_length[:num_rows])[::-1]
-        self.groups = _uneven_groups(len(self.rows))
+        self.smallest = 2 if batch_norms_of(trainer.model) else 1  # one row has no variance to normalise by
+        self.groups = _uneven_groups(len(self.rows), self.smallest)
         (self.whole,) = trainer.mbp_feed.collate([self.rows])
         self.is_dense = num_rows_of(self.whole) == len(self.rows)
-        self.parts = self._parts()
+        (again,) = trainer.mbp_feed.collate([self.rows])
+        self.is_random = self.is_dense and not _same(self.whole, again)
+        self.parts = self.collate(self.groups)
 
-    def _parts(self) -> list[Inputs]:
-        """The parts by the user's collator, or, if that draws random numbers, cut out of the whole."""
-        (again,) = self.trainer.mbp_feed.collate([self.rows])
-        if self.is_dense and not _same(self.whole, again) and "start_positions" not in self.whole:
-            return [trim(select_rows(self.whole, group)) for group in self.groups]
-        parts: list[Inputs] = self.trainer.mbp_feed.collate([[self.rows[i] for i in group] for group in self.groups])
-        return parts
+    def collate(self, groups: list[list[int]]) -> list[Inputs]:
+        """Groups of rows by the user's collator, or, if that draws random numbers, cut out of the whole."""
+        if self.is_random:
+            return [trim(select_rows(self.whole, group)) for group in groups]
+        collated: list[Inputs] = self.trainer.mbp_feed.collate([[self.rows[i] for i in group] for group in groups])
+        return collated
 
     def items(self, inputs: Inputs) -> float:
         return float(self.trainer.num_items(inputs))
@@ -166,18 +169,19 @@ class _Comparison:
         whole_loss, whole = self.backward([self.whole])
         split_loss, split = self.backward(self.parts)
         error = _relative_error(whole, split)
-        tolerance = self._tolerance()
         return EquivalenceReport(
             max_relative_error=error,
-            tolerance=tolerance,
-            findings=() if error <= tolerance else tuple(explain(self)),
+            tolerance=self.tolerance,
+            findings=() if error <= self.tolerance else tuple(explain(self)),
             num_rows=len(self.rows),
             num_micro_batches=len(self.parts),
             whole_loss=whole_loss,
             split_loss=split_loss,
         )
 
-    def _tolerance(self) -> float:
+    @property
+    def tolerance(self) -> float:
+        """Largest relative error that is rounding, in the precision of this run."""
         autocasts = self.trainer.accelerator.mixed_precision != "no"
         dtypes = {parameter.dtype for _, parameter in self.parameters}
         if autocasts or any(dtype not in TOLERANCE for dtype in dtypes):
@@ -203,18 +207,14 @@ def _relative_error(whole: list[torch.Tensor], split: list[torch.Tensor]) -> flo
 
 def explain(comparison: _Comparison) -> list[str]:
     """What makes splitting inexact, and what to do; each suspect is tried on the user's own rows."""
-    suspects: list[Callable[[_Comparison], str | None]] = [
-        _batch_norm,
-        _router_loss,
-        _padding_width,
-        _reduction,
-    ]
+    if finding := _batch_norm(comparison):
+        return [finding]  # the others run single rows, which it cannot
+    suspects: list[Callable[[_Comparison], str | None]] = [_router_loss, _padding_width, _reduction]
     return [finding for suspect in suspects if (finding := suspect(comparison))]
 
 
 def _batch_norm(comparison: _Comparison) -> str | None:
-    kinds = torch.nn.modules.batchnorm._BatchNorm
-    if any(isinstance(module, kinds) and module.training for module in comparison.trainer.model.modules()):
+    if comparison.smallest > 1:
         return (
             "Batch normalisation uses the mean of the batch that runs, which after splitting is the micro-batch. "
             "Freeze it (module.eval()), or use a model with layer normalisation."
@@ -234,24 +234,24 @@ def _router_loss(comparison: _Comparison) -> str | None:
 
 def _padding_width(comparison: _Comparison) -> str | None:
     """Compares one short row at its own width and at the width of the whole batch."""
-    width = width_of(comparison.whole)
-    if width is None or not comparison.is_dense:
+    if not comparison.is_dense:
         return None
-    short = select_rows(comparison.whole, [len(comparison.rows) - 1])
-    trimmed = trim(short)
-    if width_of(trimmed) == width or comparison.items(short) == 0:
+    shortest = len(comparison.rows) - 1
+    padded = select_rows(comparison.whole, [shortest])
+    (alone,) = comparison.collate([[shortest]])
+    if comparison.items(padded) == 0:
         return None
-    padded, alone = comparison.value(short), comparison.value(trimmed)
-    if abs(padded - alone) <= comparison._tolerance() * abs(padded):
+    at_whole_width, at_its_own = comparison.value(padded), comparison.value(alone)
+    if abs(at_whole_width - at_its_own) <= comparison.tolerance * abs(at_whole_width):
         return None
     finding = (
-        f"The loss of a row depends on how wide it is padded ({padded:.6g} at {width} columns, {alone:.6g} at "
-        f"{width_of(trimmed)}): the model or its loss does not leave out what attention_mask masks. "
+        f"The loss of a row depends on how wide it is padded ({at_its_own:.6g} alone, {at_whole_width:.6g} beside "
+        "longer rows): padding is not left out. "
     )
     if is_left_padded(comparison.whole):
         return finding + "The rows are padded on the left and positions may be absolute: set padding_side='right'."
-    if comparison.items(short) != comparison.items(trimmed):
-        return finding + "num_items counts padding, too: override num_items(micro_batch)."
+    if "attention_mask" not in comparison.whole:
+        return finding + "The collator returns no attention_mask: return one, or pad all rows to one length."
     return finding + (
         "If the loss counts tokens by attention_mask and not by labels, override num_items(micro_batch); if the model "
         "mixes padding into the rows (as FNet does), pad all rows to one length."
@@ -269,7 +269,7 @@ def _reduction(comparison: _Comparison) -> str | None:
     counts = [comparison.items(row) for row in rows]
 
     def explains(value: float) -> bool:
-        return abs(value - whole) <= comparison._tolerance() * abs(whole)
+        return abs(value - whole) <= comparison.tolerance * abs(whole)
 
     if explains(sum(value * count for value, count in zip(single, counts, strict=True)) / sum(counts)):
         return None

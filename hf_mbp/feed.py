@@ -42,7 +42,9 @@ class Feed:
         """The weighed micro-batches of an optimizer step, from what its data loader returned."""
         if all(isinstance(batch, Rows) for batch in batches):
             return self._weighed(self._split([batch.unpack() for batch in batches]))
-        return self._weighed([self._ready_made(batch) for batch in batches])
+        micro_batches = [self._ready_made(batch) for batch in batches]
+        self.report.add_step(micro_batches, [], 0)
+        return self._weighed(micro_batches)
 
     # Questions about rows and inputs
 
@@ -123,15 +125,13 @@ class Feed:
     def _ready_made(self, batch: Any) -> MicroBatch:
         """A batch of the user's own loader: one micro-batch, as it is."""
         cells = self._num_cells(batch)
-        micro_batch = MicroBatch(
+        return MicroBatch(
             inputs=batch,
             num_rows=collate.num_rows_of(batch),
             num_items=self.trainer.num_items(batch),
             cells=cells,
             tokens=cells,
         )
-        self.report.add_step([micro_batch], [], 0)
-        return micro_batch
 
     def _weighed(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         weighed = weigh(micro_batches, self.ranks, self._filler)

@@ -33,7 +33,9 @@ def trim(inputs: Inputs) -> Inputs:
     if not len(used):
         return inputs
     columns = slice(int(used[0]), int(used[-1]) + 1)
-    return {key: value[:, columns] if _has_columns(value, width) else value for key, value in inputs.items()}
+    return {
+        key: value[:, columns].contiguous() if _has_columns(value, width) else value for key, value in inputs.items()
+    }
 
 
 def _has_columns(value: Any, width: int) -> bool:

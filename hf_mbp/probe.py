@@ -64,14 +64,17 @@ def loss_of(trainer: Any, inputs: Inputs, num_items: float) -> torch.Tensor:
 
 def without_dropout(model: torch.nn.Module) -> None:
     """Evaluation mode, except for batch normalisation, whose dependence on the batch is not to be hidden."""
-    training = [
-        module
-        for module in model.modules()
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training
-    ]
+    model.train()
+    normalised_by_batch = batch_norms_of(model)
     model.eval()
-    for module in training:
+    for module in normalised_by_batch:
         module.train()
+
+
+def batch_norms_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Batch normalisations that use the mean of the batch that runs."""
+    kinds = torch.nn.modules.batchnorm._BatchNorm
+    return [module for module in model.modules() if isinstance(module, kinds) and module.training]
 
 
 def loss_shifts_labels(trainer: Any, inputs: Inputs) -> bool:

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     BertConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     T5Config,
     TrainerCallback,
     TrainingArguments,
@@ -55,7 +58,7 @@ def build(model_class: type[PreTrainedModel], config: Any, *, seed: int = 0) -> 
 
 def lengths(count: int = 16, *, low: int = 3, high: int = 30, seed: int = 0) -> list[int]:
     """Row lengths, uneven on purpose and never all equal."""
-    generator = random.Random(seed)  # noqa: S311
+    generator = random.Random(seed)
     return [generator.randint(low, high) for _ in range(count)]
 
 
@@ -65,7 +68,7 @@ def tokens(length: int, generator: random.Random) -> list[int]:
 
 def token_rows(count: int = 16, *, seed: int = 0, **kwargs: Any) -> list[dict[str, Any]]:
     """Rows of `input_ids` and `attention_mask` of uneven lengths."""
-    generator = random.Random(seed)  # noqa: S311
+    generator = random.Random(seed)
     return [
         {"input_ids": tokens(length, generator), "attention_mask": [1] * length}
         for length in lengths(count, seed=seed, **kwargs)
@@ -109,6 +112,21 @@ class Pad:
         return padded
 
 
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of `VOCABULARY` words `w5`, `w6`, ... with the special tokens that collators ask for."""
+    special = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", "[MASK]"]
+    words = {word: index for index, word in enumerate(special + [f"w{index}" for index in range(5, VOCABULARY)])}
+    backend = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        bos_token="[BOS]",
+        eos_token="[EOS]",
+        unk_token="[UNK]",
+        mask_token="[MASK]",
+    )
+
+
 class Recorder(TrainerCallback):
     """Keeps the gradients of every optimizer step."""
 
@@ -116,9 +134,7 @@ class Recorder(TrainerCallback):
         self.gradients: list[dict[str, torch.Tensor]] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.gradients.append(
-            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        )
+        self.gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:

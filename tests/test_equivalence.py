@@ -23,7 +23,6 @@ from transformers import (
 )
 
 from hf_mbp import MBPTrainer
-from tests import helpers
 from tests.helpers import (
     VOCABULARY,
     Pad,

@@ -1,0 +1,251 @@
+"""`check_equivalence` passes on exact heads, names what makes others inexact, and leaves no trace."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    BertForPreTraining,
+    BertForSequenceClassification,
+    ElectraConfig,
+    ElectraForPreTraining,
+    FNetConfig,
+    FNetForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
+
+from hf_mbp import InexactError, MBPTrainer, check_equivalence
+from tests.helpers import (
+    BERT,
+    NO_DROPOUT,
+    VOCABULARY,
+    Pad,
+    bert_config,
+    build,
+    masked_prefix,
+    mbp_trainer,
+    token_rows,
+    with_labels,
+)
+from tests.test_equivalence import HEADS
+
+
+def classes(count: int = 3) -> list[dict[str, Any]]:
+    return with_labels(token_rows(), lambda index, row: index % count)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_exact_heads_pass(head: str, tmp_path: Path) -> None:
+    model_class, config, rows, collate, _ = HEADS[head]
+    report = check_equivalence(mbp_trainer(build(model_class, config()), rows(), tmp_path, data_collator=collate))
+    assert report.is_exact
+    assert report.findings == ()
+    assert report.num_micro_batches >= 2
+    assert report.split_loss == pytest.approx(report.whole_loss, rel=1e-6)
+    assert "exact                     yes" in str(report)
+
+
+class ClassWeighted(MBPTrainer):
+    weights = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels, weight=self.weights)
+        return (loss, outputs) if return_outputs else loss
+
+
+class ClassWeightedCounted(ClassWeighted):
+    def num_items(self, micro_batch: Any) -> float:
+        return float(self.weights[micro_batch["labels"]].sum())
+
+
+class Contrastive(MBPTrainer):
+    """Each row is to be more alike to itself than to the others of its batch."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        loss = torch.nn.functional.cross_entropy(outputs.logits @ outputs.logits.T, torch.arange(len(outputs.logits)))
+        return (loss, outputs) if return_outputs else loss
+
+
+class BatchNormalised(BertForSequenceClassification):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.classifier = torch.nn.Sequential(torch.nn.BatchNorm1d(config.hidden_size), self.classifier)
+
+
+def pretraining_rows() -> list[dict[str, Any]]:
+    rows = with_labels(token_rows(), masked_prefix)
+    return [{**row, "next_sentence_label": index % 2} for index, row in enumerate(rows)]
+
+
+def speech_rows() -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"input_values": torch.randn(400, generator=generator).double(), "labels": [3] * (1 + index % 3)}
+        for index in range(16)
+    ]
+
+
+def speech_model(**changes: Any) -> Any:
+    sizes = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embeddings": 2}
+    quiet = {"layerdrop": 0.0, "hidden_dropout": 0.0, "mask_time_prob": 0.0, "feat_proj_dropout": 0.0}
+    groups = {"num_conv_pos_embedding_groups": 2, "feat_extract_norm": "layer", "vocab_size": 10, "pad_token_id": 0}
+    return build(Wav2Vec2ForCTC, Wav2Vec2Config(**BERT, **sizes, **quiet, **groups, **changes))
+
+
+def mixtral() -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 4, "output_router_logits": True}
+    config = MixtralConfig(**sizes, **experts, vocab_size=VOCABULARY, router_aux_loss_coef=1.0)
+    return build(MixtralForCausalLM, config).float()  # its grouped product does not know float64
+
+
+def electra() -> Any:
+    return build(ElectraForPreTraining, ElectraConfig(**BERT, **NO_DROPOUT, embedding_size=16, vocab_size=VOCABULARY))
+
+
+def fnet() -> Any:
+    config = FNetConfig(**{k: v for k, v in BERT.items() if "heads" not in k}, vocab_size=VOCABULARY, num_labels=3)
+    return build(FNetForSequenceClassification, config)
+
+
+def classifier() -> Any:
+    return build(BertForSequenceClassification, bert_config(num_labels=3))
+
+
+class PadLabelsWithZeros(Pad):
+    """Zero is a class to Electra, which counts tokens by the mask."""
+
+    def column(self, key: str, values: list[Any]) -> torch.Tensor:
+        return super().column("input_ids" if key == "labels" else key, values)
+
+
+class DropMask(Pad):
+    """FNet takes no mask. Without one the check cannot see the padding, only that the rows do not add up."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {key: value for key, value in super().__call__(rows).items() if key != "attention_mask"}
+
+
+INEXACT: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
+    "class weights": (classifier, classes, {"trainer_class": ClassWeighted}, "mean over other items than num_items"),
+    "contrastive": (
+        classifier,
+        classes,
+        {"trainer_class": Contrastive},
+        "compares the rows of a batch",
+    ),
+    "batch normalisation": (
+        lambda: build(BatchNormalised, bert_config(num_labels=3)),
+        classes,
+        {},
+        "Batch normalisation",
+    ),
+    "router loss": (mixtral, lambda: with_labels(token_rows(), masked_prefix), {}, "load-balancing loss"),
+    "two denominators": (
+        lambda: build(BertForPreTraining, bert_config()),
+        pretraining_rows,
+        {},
+        "No count of items",
+    ),
+    "electra": (
+        electra,
+        lambda: with_labels(token_rows(), lambda index, row: [token % 2 for token in row["input_ids"]]),
+        {"data_collator": PadLabelsWithZeros()},
+        "mean over other items than num_items",
+    ),
+    "mixes padding": (fnet, classes, {"data_collator": DropMask()}, "depends on how wide it is padded"),
+    "absolute positions": (
+        lambda: build(BertForSequenceClassification, bert_config(num_labels=3)),
+        classes,
+        {"data_collator": Pad(side="left")},
+        "padding_side='right'",
+    ),
+    "ctc sum": (lambda: speech_model(ctc_loss_reduction="sum"), speech_rows, {}, "sum over the rows"),
+    "ctc mean": (
+        lambda: speech_model(ctc_loss_reduction="mean"),
+        speech_rows,
+        {},
+        "mean over other items than num_items",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INEXACT)
+def test_inexact_losses_are_named(case: str, tmp_path: Path) -> None:
+    model, rows, changes, finding = INEXACT[case]
+    report = check_equivalence(mbp_trainer(model(), rows(), tmp_path, **changes))
+    assert not report.is_exact
+    assert any(finding in text for text in report.findings), report
+
+
+def test_the_right_count_mends_class_weights(tmp_path: Path) -> None:
+    report = check_equivalence(mbp_trainer(classifier(), classes(), tmp_path, trainer_class=ClassWeightedCounted))
+    assert report.is_exact
+
+
+def state_of(trainer: MBPTrainer) -> list[Any]:
+    """Everything the check could disturb, to be compared bit for bit."""
+    model = trainer.model
+    return [
+        {name: value.clone() for name, value in model.state_dict().items()},
+        [p.grad if p.grad is None else p.grad.clone() for p in model.parameters()],
+        [module.training for module in model.modules()],
+        model.config.to_dict(),
+        torch.get_rng_state().clone(),
+        list(np.random.get_state()[1]),
+        random.getstate(),
+        list(trainer.train_dataset),
+    ]
+
+
+@pytest.mark.parametrize("head", ["single_label", "gpt2"])
+def test_the_check_leaves_no_trace(head: str, tmp_path: Path) -> None:
+    model_class, config, rows, collate, _ = HEADS[head]
+    trainer = mbp_trainer(build(model_class, config()), rows(), tmp_path, data_collator=collate)
+    for index, parameter in enumerate(trainer.model.parameters()):
+        parameter.grad = torch.full_like(parameter, float(index)) if index % 2 else None
+    before = state_of(trainer)
+    check_equivalence(trainer)
+    after = state_of(trainer)
+    torch.testing.assert_close(after[:2], before[:2], rtol=0, atol=0)
+    assert torch.equal(after[4], before[4])
+    assert after[2:4] + after[5:] == before[2:4] + before[5:]
+
+
+def test_a_run_with_the_check_equals_one_without(tmp_path: Path) -> None:
+    def weights(check: bool) -> dict[str, torch.Tensor]:
+        model = build(BertForSequenceClassification, bert_config(num_labels=3, hidden_dropout_prob=0.1))
+        trainer = mbp_trainer(model, classes(), tmp_path, check_at_start=check, max_steps=3)
+        trainer.train()
+        return model.state_dict()
+
+    torch.testing.assert_close(weights(True), weights(False), rtol=0, atol=0)
+
+
+def test_training_warns_of_what_is_inexact(tmp_path: Path) -> None:
+    trainer = mbp_trainer(classifier(), classes(), tmp_path, trainer_class=ClassWeighted)
+    with pytest.warns(UserWarning, match="Splitting the batch changes the gradient"):
+        trainer.train()
+
+
+def test_training_refuses_what_is_inexact_if_asked(tmp_path: Path) -> None:
+    model = classifier()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = mbp_trainer(model, classes(), tmp_path, trainer_class=ClassWeighted, on_inexact="error")
+    with pytest.raises(InexactError, match="Override num_items"):
+        trainer.train()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_one_row_cannot_be_compared(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="A split needs two rows"):
+        check_equivalence(mbp_trainer(classifier(), classes()[:1], tmp_path))
