@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Creates a virtual environment, installs the package with its development tools, and runs lint, types and tests.
+#
+#   bash scripts/test.sh [arguments for pytest]
+#
+# HF_MBP_VENV names the environment (default: .venv-test); it is kept and used again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python="${PYTHON:-python3}"
+venv="${HF_MBP_VENV:-.venv-test}"
+
+if [ ! -x "$venv/bin/python" ]; then
+    "$python" -m venv "$venv"
+fi
+# Plain `torch` may bring gigabytes of CUDA libraries; this version is the one that is tested.
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+
+# One thread a process: the tests run in as many processes as there are cores, and tiny models gain nothing from more.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+echo "== lint"
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+echo "== types"
+"$venv/bin/mypy"
+echo "== tests"
+"$venv/bin/python" -m pytest -n "$(nproc)" --quiet "$@"

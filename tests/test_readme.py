@@ -1,0 +1,61 @@
+"""The code of the README runs, and the commands it names are there."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertForSequenceClassification
+
+from tests.helpers import bert_config, tokenizer
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> Path:
+    """A folder with a model and a tokenizer, in the place of the one that would be downloaded."""
+    folder = tmp_path / "model"
+    BertForSequenceClassification(bert_config(num_labels=2, max_position_embeddings=512)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_python_code(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
+    """All blocks in order, as one program; only the model's name and the output folders are replaced."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    program = "\n".join(blocks("python"))
+    assert '"sentence-transformers/all-MiniLM-L6-v2"' in program
+    program = program.replace('"sentence-transformers/all-MiniLM-L6-v2"', repr(str(tiny_model)))
+    program = re.sub(r'TrainingArguments\("', f'TrainingArguments("{tmp_path}/', program)
+    program = program.replace('split="train[:256]"', 'split="train[:32]"')
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    names = runpy.run_path(str(script))
+    assert names["trainer"].state.global_step == 1
+    assert "exact                     yes" in capsys.readouterr().out
+    assert isinstance(names["weighted"].weights, torch.Tensor)
+
+
+def test_commands_name_files_that_exist() -> None:
+    commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines() if line]
+    files = [word for words in commands for word in words if "/" in word]
+    assert "scripts/quickstart.sh" in files
+    assert "scripts/test.sh" in files
+    assert all((ROOT / name).is_file() for name in files)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "docs" / "how_it_works.md"):
+        targets = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+        local = [target for target in targets if "://" not in target]
+        assert all((page.parent / target).is_file() for target in local), page
