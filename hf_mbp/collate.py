@@ -54,7 +54,7 @@ def _pack(rows: Sequence[Any]) -> tuple[list[Any], dict[str, tuple[torch.Tensor,
         values = [row.get(key) for row in rows]
         if all(isinstance(value, torch.Tensor) for value in values) and len({value.dtype for value in values}) == 1:
             columns[key] = (torch.cat([value.reshape(-1) for value in values]), [value.shape for value in values])
-    return [{key: value for key, value in row.items() if key not in columns} for row in rows], columns
+    return [_replaced(row, dict.fromkeys(columns)) for row in rows], columns
 
 
 def _unpack(packed: list[Any], columns: dict[str, tuple[torch.Tensor, list[torch.Size]]]) -> list[Any]:
@@ -67,7 +67,13 @@ def _unpack(packed: list[Any], columns: dict[str, tuple[torch.Tensor, list[torch
         ]
         for key, (flat, shapes) in columns.items()
     }
-    return [{**row, **{key: values[index] for key, values in parts.items()}} for index, row in enumerate(packed)]
+    return [_replaced(row, {key: values[index] for key, values in parts.items()}) for index, row in enumerate(packed)]
+
+
+def _replaced(row: Any, values: Mapping[str, Any]) -> Any:
+    """A row of the same type and order of keys with some values replaced."""
+    replaced = {**row, **values}
+    return replaced if type(row) is dict else type(row)(replaced)
 
 
 def row_length(row: Any) -> int:

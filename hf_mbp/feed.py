@@ -37,6 +37,7 @@ class Feed:
     def restart(self) -> None:
         """Forgets what was found out about the model, data and memory; a new run of training finds it out again."""
         self._budget, self._cost, self._loss_shifts, self._filler = None, None, None, None
+        self.report.restart()
 
     def micro_batches(self, batches: list[Any]) -> list[MicroBatch]:
         """The weighed micro-batches of an optimizer step, from what its data loader returned."""

@@ -61,6 +61,21 @@ def with_an_item(inputs: Inputs) -> Inputs:
     """
     if count_items(inputs, shifts=True) > 0 or not isinstance(inputs.get("labels"), torch.Tensor):
         return inputs
-    labels = inputs["labels"].clone()
-    labels[..., -1] = 0
-    return {**inputs, "labels": labels}
+    filled = _widened(inputs)
+    for key in ("labels", "shift_labels"):
+        if isinstance(filled.get(key), torch.Tensor):
+            filled[key] = filled[key].clone()
+            filled[key][..., -1] = 0
+    return filled
+
+
+def _widened(inputs: Inputs) -> Inputs:
+    """Inputs whose rows have a second column, without which a loss that shifts has nothing to predict."""
+    if not has_token_labels(inputs) or inputs["labels"].shape[-1] > 1:
+        return dict(inputs)
+    return {
+        key: torch.cat([value, value], dim=1)
+        if isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] == 1
+        else value
+        for key, value in inputs.items()
+    }

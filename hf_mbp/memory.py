@@ -207,22 +207,6 @@ def fit_budget(measured: list[tuple[int, int, int]], max_bytes: int) -> Budget:
     )
 
 
-def reshape_inputs(inputs: dict[str, Any], rows: int, fraction: float) -> dict[str, Any]:
-    """A micro-batch of `rows` times the first row of another one, to measure its memory.
-
-    Integer tensors of two and more dimensions, which hold tokens, are cut to the first `fraction` of their columns.
-    """
-
-    def reshaped(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.ndim == 0:
-            return value
-        if value.ndim > 1 and not value.is_floating_point():
-            value = value[..., : max(1, round(value.shape[-1] * fraction))]
-        return value[:1].expand(rows, *value.shape[1:]).contiguous()
-
-    return {key: reshaped(value) for key, value in inputs.items()}
-
-
 def format_bytes(size: float) -> str:
     """A size for people.
 

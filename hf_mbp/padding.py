@@ -38,6 +38,16 @@ def trim(inputs: Inputs) -> Inputs:
     }
 
 
+def cut_columns(inputs: Inputs, fraction: float) -> Inputs:
+    """The first `fraction` of the columns of all that holds tokens: integer tensors of two and more dimensions."""
+    return {
+        key: value[..., : max(1, round(value.shape[-1] * fraction))].contiguous()
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and not value.is_floating_point()
+        else value
+        for key, value in inputs.items()
+    }
+
+
 def _has_columns(value: Any, width: int) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[1] == width
 

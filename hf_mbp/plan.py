@@ -148,7 +148,7 @@ def as_sizes(lengths: Sequence[Size]) -> Ints:
     rows = [length if isinstance(length, tuple) else (length,) for length in lengths]
     if len({len(row) for row in rows}) > 1:
         raise ValueError("All rows must have the same number of lengths.")
-    sizes = np.array(rows, dtype=object).reshape(len(rows), -1)
+    sizes = np.array(rows, dtype=object).reshape(len(rows), len(rows[0]) if rows else 1)
     if not all(isinstance(part, (int, np.integer)) and part >= 0 for part in sizes.flat):
         raise ValueError("Row lengths must be integers and not negative.")
     sizes = sizes.astype(np.int64)
@@ -165,13 +165,20 @@ def round_up(sizes: Ints, multiple: int | None) -> Ints:
 def plan_rows(sizes: Ints, budget: Budget, cost: Cost, *, num_micro_batches: int | None = None) -> list[list[int]]:
     """The cheapest plan for rows of the given `sizes` `[rows, parts]`; see `plan_micro_batches`."""
     num_rows = len(sizes)
-    if num_micro_batches is not None and (num_micro_batches < 1 or num_micro_batches > num_rows):
-        raise ValueError(
-            f"num_micro_batches={num_micro_batches} is impossible for {num_rows} rows: every micro-batch needs a row."
-        )
+    if num_micro_batches is not None:
+        _check_count(num_micro_batches, num_rows)
     order = np.argsort(-sizes.sum(axis=1), kind="stable")
     cuts = _best_cuts(sizes[order], budget, cost, num_micro_batches)
     return [order[start:end].tolist() for start, end in pairwise(cuts)]
+
+
+def _check_count(num_micro_batches: Any, num_rows: int) -> None:
+    if isinstance(num_micro_batches, bool) or not isinstance(num_micro_batches, (int, np.integer)):
+        raise ValueError(f"num_micro_batches must be an integer, got {num_micro_batches!r}.")
+    if not 1 <= num_micro_batches <= num_rows:
+        raise ValueError(
+            f"num_micro_batches={num_micro_batches} is impossible for {num_rows} rows: every micro-batch needs a row."
+        )
 
 
 def _best_cuts(sizes: Ints, budget: Budget, cost: Cost, num_groups: int | None) -> list[int]:

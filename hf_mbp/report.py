@@ -50,6 +50,10 @@ class StepReport:
     """Collects the steps since the last log, and all of the run."""
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets all steps."""
         self.since_log = Counts()
         self.total = Counts()
         self.max_tokens = 0

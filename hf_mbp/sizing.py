@@ -6,12 +6,14 @@ from typing import Any
 import torch
 
 from hf_mbp import compat, memory
-from hf_mbp.collate import Inputs
+from hf_mbp.collate import num_rows_of
+from hf_mbp.padding import cut_columns
 from hf_mbp.plan import Budget, Cost, Ints
 from hf_mbp.probe import loss_of, undisturbed
 
-PROBE_CELLS = 256
-"""Cells of a micro-batch that is run to measure its memory: from here on bytes per cell hardly change."""
+PROBE_CELLS, PROBE_ROWS = 256, (2, 8)
+"""Cells of a micro-batch that is run to measure its memory: from here on bytes per cell hardly change. Not more rows,
+though, whose images or sounds no one counts in cells, and not one, which batch normalisation refuses."""
 
 NARROW, WIDE = 32, 512
 """Widths at which memory is measured, if rows are that long: far enough apart to tell what grows with their square."""
@@ -87,27 +89,31 @@ def measure_budget(trainer: Any, rows: list[Any], sizes: Ints) -> Budget:
             "example to the tokens of the largest batch that fits without micro-batches."
         )
     lengths = sizes.sum(axis=1)
-    (inputs,) = trainer.mbp_feed.collate([[rows[int(lengths.argmax())]]])
-    widest = min(int(lengths.max()), WIDE)
-    widths = sorted({min(widest, NARROW), widest})
+    longest = int(lengths.max())
+    widths = sorted({min(longest, NARROW), min(longest, WIDE)})
     with undisturbed(trainer.model):
         trainer.model.train()
-        measured = [_measure(trainer, inputs, width, int(lengths.max())) for width in widths]
+        measured = [_measure(trainer, rows[int(lengths.argmax())], longest, width) for width in widths]
     pending = memory.pending_training_bytes(list(trainer.model.parameters()), trainer.optimizer)
     limit = memory.parse_memory_limit(trainer.mbp_config.memory_limit)
     return memory.fit_budget(measured, memory.room_for_activations(trainer.args.device, limit, pending))
 
 
-def _measure(trainer: Any, inputs: Inputs, width: int, full_width: int) -> tuple[int, int, int]:
-    """`(rows, width, bytes)` of one micro-batch of about `PROBE_CELLS` cells."""
-    rows = -(-PROBE_CELLS // width)
-    micro_batch = memory.reshape_inputs(inputs, rows, width / full_width)
+def _measure(trainer: Any, row: Any, length: int, width: int) -> tuple[int, int, int]:
+    """`(rows, width, bytes)` of one micro-batch of about `PROBE_CELLS` cells, of a row repeated and cut to `width`."""
+    fewest, most = PROBE_ROWS
+    num_rows = min(most, max(fewest, -(-PROBE_CELLS // width)))
+    (inputs,) = trainer.mbp_feed.collate([[row] * num_rows])
+    if num_rows_of(inputs) == num_rows:
+        inputs = cut_columns(inputs, width / length)
+    else:  # rows laid end to end cannot be cut
+        width = length
     for parameter in trainer.model.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    num_items = max(1.0, trainer.num_items(micro_batch))
+    num_items = max(1.0, trainer.num_items(inputs))
 
     def run() -> None:
-        loss_of(trainer, micro_batch, num_items).backward()  # type: ignore[no-untyped-call]
+        loss_of(trainer, inputs, num_items).backward()  # type: ignore[no-untyped-call]
 
-    return rows, width, memory.measure_activations(run)
+    return num_rows, width, memory.measure_activations(run)

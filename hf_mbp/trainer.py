@@ -38,6 +38,7 @@ class MBPMixin(_Base):
     What it overrides, and why:
 
     * `__init__`: takes `mbp_config`; refuses what cannot be exact.
+    * `train`: starts afresh what is found out about model, data and memory.
     * `get_train_dataloader`: has the loader hand over rows that are not padded yet.
     * `get_batch_samples`: plans and pads the rows of a whole optimizer step.
     * `training_step`: runs the micro-batches, each by the `training_step` of the next class.
@@ -83,10 +84,18 @@ class MBPMixin(_Base):
 
     # What the stock loop calls
 
-    def get_train_dataloader(self) -> Any:
-        """The stock loader, except that its batches are rows; whoever overrides it may return any batches."""
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as the next class does.
+
+        Raises:
+            ValueError: there is nothing to train on, or nothing fits the memory limit.
+        """
         compat.require_rows(self)
         self.mbp_feed.restart()
+        return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """The stock loader, except that its batches are rows; whoever overrides it may return any batches."""
         with compat.deferred_collation(self, KeepRows()):
             return super().get_train_dataloader()
 
