@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch.linalg import vector_norm
 
 from hf_mbp import compat
 from hf_mbp.collate import Inputs, num_rows_of, select_rows
@@ -66,6 +67,10 @@ class InexactError(ValueError):
     """Splitting would change the gradient, and `on_inexact="error"` was asked for."""
 
 
+class NothingToCompareError(ValueError):
+    """There are not two rows with loss items."""
+
+
 def check_equivalence(trainer: Any, num_rows: int = 8) -> EquivalenceReport:
     """Whether splitting is exact for this trainer's model, loss and data.
 
@@ -78,8 +83,8 @@ def check_equivalence(trainer: Any, num_rows: int = 8) -> EquivalenceReport:
         num_rows: how many rows to compare, at least 2.
 
     Raises:
-        ValueError: there are fewer than two rows, the training data comes ready-made in batches, or the model is
-            sharded (FSDP, DeepSpeed), where one rank cannot run it alone.
+        ValueError: there are fewer than two rows with loss items, the training data comes ready-made in batches, or
+            the model is sharded (FSDP, DeepSpeed), where one rank cannot run it alone.
 
     Example:
         `print(check_equivalence(trainer))` before `trainer.train()`.
@@ -94,8 +99,6 @@ def check_equivalence(trainer: Any, num_rows: int = 8) -> EquivalenceReport:
 
 def compare(trainer: Any, rows: list[Any], num_rows: int) -> EquivalenceReport:
     """`check_equivalence` on the shortest `num_rows` of the given rows."""
-    if num_rows < 2 or len(rows) < 2:
-        raise ValueError(f"A split needs two rows to compare; there are {min(num_rows, len(rows))}.")
     with undisturbed(trainer.model):
         without_dropout(trainer.model)
         return _Comparison(trainer, rows, num_rows).report()
@@ -126,7 +129,12 @@ class _Comparison:
         self.parameters = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
         by_length = sorted(rows, key=lambda row: int(trainer.mbp_feed.sizes([row]).sum()))
         with_items = (row for row in by_length if self.items(*trainer.mbp_feed.collate([[row]])) > 0)
-        self.rows = (list(islice(with_items, num_rows)) or by_length[:num_rows])[::-1]
+        self.rows = list(islice(with_items, num_rows))[::-1]
+        if len(self.rows) < 2:
+            raise NothingToCompareError(
+                f"a split needs two rows with something to learn to compare; of {len(rows)} rows, "
+                f"{len(self.rows)} will do (num_rows={num_rows})."
+            )
         self.smallest = 2 if batch_norms_of(trainer.model) else 1  # one row has no variance to normalise by
         self.groups = _uneven_groups(len(self.rows), self.smallest)
         (self.whole,) = trainer.mbp_feed.collate([self.rows])
@@ -163,7 +171,7 @@ class _Comparison:
                 loss = self.loss(part) * (count / sum(counts))
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
-        return total, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for _, p in self.parameters]
+        return total, [torch.zeros_like(p) if p.grad is None else p.grad for _, p in self.parameters]
 
     def report(self) -> EquivalenceReport:
         whole_loss, whole = self.backward([self.whole])
@@ -198,8 +206,8 @@ def _same(one: Inputs, other: Inputs) -> bool:
 
 
 def _relative_error(whole: list[torch.Tensor], split: list[torch.Tensor]) -> float:
-    norms = [float(gradient.double().norm()) for gradient in whole]
-    errors = [float((a.double() - b.double()).norm()) for a, b in zip(whole, split, strict=True)]
+    norms = [float(vector_norm(gradient, dtype=torch.float64)) for gradient in whole]
+    errors = [float(vector_norm(a - b, dtype=torch.float64)) for a, b in zip(whole, split, strict=True)]
     floor = max(max(norms, default=0.0) * SMALL_GRADIENT, torch.finfo(torch.float64).tiny)
     worst = max((error / max(norm, floor) for error, norm in zip(errors, norms, strict=True)), default=0.0)
     return worst if worst == worst else float("inf")  # not a number is no agreement
@@ -311,12 +319,13 @@ def _item_weights(comparison: _Comparison, single: list[float]) -> list[float] |
     return weights
 
 
-def settle(report: EquivalenceReport, on_inexact: str) -> None:
-    """Warns of, or refuses, what is not exact."""
-    if report.is_exact:
+def settle(report: EquivalenceReport | None, is_exact_everywhere: bool, on_inexact: str) -> None:
+    """Warns of, or refuses on all ranks alike, what is not exact."""
+    if is_exact_everywhere:
         return
+    finding = str(report) if report is not None and not report.is_exact else "(found by another rank)"
     message = (
-        f"Splitting the batch changes the gradient of this model, loss and data:\n{report}\n"
+        f"Splitting the batch changes the gradient of this model, loss and data:\n{finding}\n"
         "Set check_at_start=False if that is what you want."
     )
     if on_inexact == "error":

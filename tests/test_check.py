@@ -14,6 +14,7 @@ from transformers import (
     ElectraForPreTraining,
     FNetConfig,
     FNetForSequenceClassification,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Wav2Vec2Config,
@@ -28,6 +29,7 @@ from tests.helpers import (
     Pad,
     bert_config,
     build,
+    llama_config,
     masked_prefix,
     mbp_trainer,
     token_rows,
@@ -247,5 +249,15 @@ def test_training_refuses_what_is_inexact_if_asked(tmp_path: Path) -> None:
 
 
 def test_one_row_cannot_be_compared(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="A split needs two rows"):
+    with pytest.raises(ValueError, match="a split needs two rows"):
         check_equivalence(mbp_trainer(classifier(), classes()[:1], tmp_path))
+
+
+def test_rows_without_items_are_not_taken_for_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = with_labels(token_rows(), lambda index, row: [-100] * len(row["input_ids"]))
+    trainer = mbp_trainer(build(LlamaForCausalLM, llama_config()), rows, tmp_path)
+    with pytest.raises(ValueError, match="of 16 rows, 0 will do"):
+        check_equivalence(trainer)
+    with pytest.warns(UserWarning, match="nothing to learn from"):
+        trainer.train()
+    assert "Exactness was not checked" in capsys.readouterr().out
