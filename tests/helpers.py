@@ -101,7 +101,9 @@ class Pad:
 
     def column(self, key: str, values: list[Any]) -> torch.Tensor:
         values = [torch.as_tensor(value) for value in values]
-        if values[0].ndim == 0 or values[0].is_floating_point():
+        if values[0].is_floating_point():
+            return torch.stack(values).double()
+        if values[0].ndim == 0:
             return torch.stack(values)
         width = max(len(value) for value in values)
         multiple = self.pad_to_multiple_of or 1
