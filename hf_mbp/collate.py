@@ -1,5 +1,6 @@
 """Deferred collation: rows travel unpadded from the data loader to the step, which groups them before it pads them."""
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,8 +73,10 @@ def _unpack(packed: list[Any], columns: dict[str, tuple[torch.Tensor, list[torch
 
 def _replaced(row: Any, values: Mapping[str, Any]) -> Any:
     """A row of the same type and order of keys with some values replaced."""
-    replaced = {**row, **values}
-    return replaced if type(row) is dict else type(row)(replaced)
+    replaced = copy.copy(row)
+    for key, value in values.items():
+        replaced[key] = value
+    return replaced
 
 
 def row_length(row: Any) -> int:

@@ -22,6 +22,9 @@ SAFETY = 1.2
 """Predicted bytes are raised by this factor: operators allocate scratch memory that no tracker sees, allocators
 round up, and fragmentation takes its part."""
 
+SMALLEST_LIMIT = 2**20
+"""Bytes below which a number without a unit is taken for a slip: memory_limit=20 hardly means 20 bytes."""
+
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _UNITS |= {f"{unit}I": 1024**power for power, unit in enumerate("KMGT", start=1)}
 
@@ -38,14 +41,14 @@ def parse_memory_limit(value: float | str | None) -> float | int | None:
     """
     if value is None:
         return None
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?I?)(B?)\s*", str(value).upper())
-    if match and match[2] != "I":
-        number = float(match[1])
-        has_unit = bool(match[2] or match[3])
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:E[+-]?[0-9]+)?)\s*(?:([KMGT]I?|)B?)\s*", str(value).upper())
+    if match:
+        number, size = float(match[1]), float(match[1]) * _UNITS[match[2]]
+        has_unit = not match[0].strip()[-1].isdigit()
         if 0 < number <= 1 and not has_unit:
             return number
-        if number * _UNITS[match[2]] >= 1 and (has_unit or number > 1):
-            return int(number * _UNITS[match[2]])
+        if size >= (1 if has_unit else SMALLEST_LIMIT):
+            return int(size)
     raise ValueError(
         f"memory_limit={value!r} is neither a size nor a fraction of the device's memory. Write for example "
         'memory_limit="20GiB", or memory_limit=0.8 for 80 % of the memory.'
@@ -94,8 +97,15 @@ def _process_limits() -> list[tuple[int, int]]:
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
         if Path(limit).is_file() and (text := Path(limit).read_text().strip()) != "max":
-            limits.append((int(text), int(Path(used).read_text())))
+            limits.append((int(text), int(Path(used).read_text()) - _reclaimable(Path(used).parent / "memory.stat")))
     return limits
+
+
+def _reclaimable(statistics: Path) -> int:
+    """Bytes of files that were read and may be forgotten; a control group counts them as used."""
+    lines = statistics.read_text().splitlines() if statistics.is_file() else []
+    values = dict(line.split() for line in lines)
+    return int(values.get("total_inactive_file", values.get("inactive_file", 0)))
 
 
 def room_for_activations(device: torch.device, limit: float | int | None, pending_bytes: int) -> int:
@@ -159,7 +169,9 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _know(self, tensor: torch.Tensor) -> bool:
-        """Remembers the tensor's storage; whether it is new."""
+        """Remembers the tensor's storage; whether it is new. Sparse tensors have none."""
+        if tensor.layout != torch.strided:
+            return False
         storage = tensor.untyped_storage()
         is_new = storage not in self._known
         self._known.add(storage)
@@ -202,7 +214,7 @@ def fit_budget(measured: list[tuple[int, int, int]], max_bytes: int) -> Budget:
     per_pair = max(0.0, (at_wide - at_narrow) / (wide - narrow)) if wide > narrow else 0.0
     return Budget(
         max_bytes=float(max_bytes),
-        bytes_per_cell=SAFETY * max(value - per_pair * width for width, value in per_cell),
+        bytes_per_cell=SAFETY * max(0.0, *(value - per_pair * width for width, value in per_cell)),
         bytes_per_pair=SAFETY * per_pair,
     )
 

@@ -48,8 +48,21 @@ def cut_columns(inputs: Inputs, fraction: float) -> Inputs:
     }
 
 
+def with_padding(inputs: Inputs) -> Inputs:
+    """Inputs whose first row ends in padding: without any, models leave out the mask, and the memory it takes."""
+    width = width_of(inputs)
+    if width is None or width < 2:
+        return inputs
+    mask = inputs["attention_mask"].clone()
+    mask[0, -1] = 0
+    return {**inputs, "attention_mask": mask}
+
+
 def _has_columns(value: Any, width: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[1] == width
+    """Whether a value has a column for each token; floats in two dimensions are targets of a row."""
+    if not isinstance(value, torch.Tensor) or value.ndim < 2 or value.shape[1] != width:
+        return False
+    return value.ndim > 2 or not value.is_floating_point()
 
 
 def settle_left_padding(inputs: Inputs, *, add_position_ids: bool) -> Inputs:

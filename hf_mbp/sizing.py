@@ -7,7 +7,7 @@ import torch
 
 from hf_mbp import compat, memory
 from hf_mbp.collate import num_rows_of
-from hf_mbp.padding import cut_columns
+from hf_mbp.padding import cut_columns, with_padding
 from hf_mbp.plan import Budget, Cost, Ints
 from hf_mbp.probe import loss_of, undisturbed
 
@@ -65,14 +65,11 @@ def _shape(model: torch.nn.Module) -> tuple[int, int]:
 
 def _multiplied_weights(model: torch.nn.Module) -> int:
     """Weights each token is multiplied with: all but those of embeddings, which are looked up."""
-    looked_up = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    embeddings = {id(m.weight): m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    looked_up = sum(weight.numel() for weight in embeddings.values())
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    tied = head.weight.numel() if head is not None and _is_embedding(model, head.weight) else 0
-    return sum(parameter.numel() for parameter in model.parameters()) - sum(looked_up) + tied
-
-
-def _is_embedding(model: torch.nn.Module, weight: torch.Tensor) -> bool:
-    return any(isinstance(m, torch.nn.Embedding) and m.weight is weight for m in model.modules())
+    tied = head.weight.numel() if head is not None and id(head.weight) in embeddings else 0
+    return sum(parameter.numel() for parameter in model.parameters()) - looked_up + tied
 
 
 def measure_budget(trainer: Any, rows: list[Any], sizes: Ints) -> Budget:
@@ -105,7 +102,7 @@ def _measure(trainer: Any, row: Any, length: int, width: int) -> tuple[int, int,
     num_rows = min(most, max(fewest, -(-PROBE_CELLS // width)))
     (inputs,) = trainer.mbp_feed.collate([[row] * num_rows])
     if num_rows_of(inputs) == num_rows:
-        inputs = cut_columns(inputs, width / length)
+        inputs = with_padding(cut_columns(inputs, width / length))
     else:  # rows laid end to end cannot be cut
         width = length
     for parameter in trainer.model.parameters():

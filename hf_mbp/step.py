@@ -11,6 +11,7 @@ Nothing here knows a Trainer.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -74,7 +75,7 @@ def collate_groups(
     micro_batches = []
     for group, inputs in zip(groups, functions.collate([[rows[i] for i in group] for group in groups]), strict=True):
         cells = functions.num_cells(inputs)
-        if len(group) > 1 and not budget.fits(len(group), cells / len(group)):
+        if len(group) > 1 and not budget.fits(len(group), Fraction(cells, len(group))):
             half = len(group) // 2
             micro_batches += collate_groups(rows, sizes, [group[:half], group[half:]], budget, functions)
             continue

@@ -16,7 +16,8 @@ from transformers import BertForSequenceClassification, Trainer
 from hf_mbp import MBPTrainer
 from tests.helpers import Pad, arguments, bert_config, token_rows, with_labels
 
-model = BertForSequenceClassification(bert_config(hidden_size=128, num_hidden_layers=4, max_position_embeddings=256, num_labels=2))
+sizes = {"hidden_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 256}
+model = BertForSequenceClassification(bert_config(num_labels=2, **sizes))
 rows = with_labels(token_rows(256, low=200, high=256), lambda index, row: index % 2)
 args = arguments(sys.argv[2], per_device_train_batch_size=256)
 trainer = {"stock": Trainer, "mbp": MBPTrainer}[sys.argv[1]](

@@ -1,0 +1,428 @@
+"""What memory there is, what a micro-batch needs, and that a budget keeps to it."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertForMaskedLM
+
+from hf_mbp import memory
+from hf_mbp.memory import (
+    DEFAULT_FRACTION,
+    SAFETY,
+    AllocationTracker,
+    fit_budget,
+    format_bytes,
+    measure_activations,
+    parse_memory_limit,
+    pending_training_bytes,
+    room_for_activations,
+)
+from tests.helpers import VOCABULARY, bert_config, build
+
+quick = settings(deadline=None, derandomize=True, max_examples=100)
+
+CPU = torch.device("cpu")
+KILO = 1000  # elements of float32: 4,000 bytes
+
+
+# parse_memory_limit
+
+
+@pytest.mark.parametrize(
+    ("value", "limit"),
+    [
+        (None, None),
+        (0.8, 0.8),
+        ("0.8", 0.8),
+        (".5", 0.5),
+        (1, 1.0),
+        (1.0, 1.0),
+        ("20GiB", 20 * 2**30),
+        ("20 gib", 20 * 2**30),
+        ("20Gi", 20 * 2**30),
+        ("20GB", 20 * 10**9),
+        ("20G", 20 * 10**9),
+        ("1.5 MiB", 3 * 2**19),
+        ("0.5GB", 5 * 10**8),
+        ("500 KB", 500_000),
+        ("1TiB", 2**40),
+        ("1B", 1),
+        ("1234567", 1234567),
+        (10**9, 10**9),
+        (1e9, 10**9),
+        (" 7 MB ", 7 * 10**6),
+    ],
+)
+def test_sizes_and_fractions(value: Any, limit: Any) -> None:
+    parsed = parse_memory_limit(value)
+    assert parsed == limit
+    assert type(parsed) is type(limit)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "much",
+        "",
+        "GiB",
+        "20iB",
+        "20 GiBs",
+        "20PiB",
+        "-1GiB",
+        -0.5,
+        0,
+        "0",
+        "0GiB",
+        "0.2B",
+        "1,5GiB",
+        True,
+        20,
+        1.5,
+        float("nan"),
+        float("inf"),
+    ],
+)
+def test_what_is_no_limit_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="is neither a size nor a fraction") as error:
+        parse_memory_limit(value)
+    assert f"memory_limit={value!r}" in str(error.value)
+    assert 'Write for example memory_limit="20GiB"' in str(error.value)
+
+
+# AllocationTracker
+
+
+def test_tensors_count_while_they_live() -> None:
+    with AllocationTracker() as tracker:
+        first = torch.zeros(KILO)
+        assert tracker.live_bytes == 4000
+        second = first + 1
+        assert tracker.live_bytes == 8000
+        del first
+        assert tracker.live_bytes == 4000
+        del second
+        assert tracker.live_bytes == 0
+    assert tracker.peak_bytes == 8000
+
+
+def test_peak_is_the_most_at_once_and_not_the_sum() -> None:
+    with AllocationTracker() as tracker:
+        for _ in range(50):
+            torch.zeros(KILO)
+    assert (tracker.live_bytes, tracker.peak_bytes) == (0, 4000)
+
+
+def test_tensors_from_before_do_not_count() -> None:
+    existing, other = torch.zeros(KILO), torch.ones(KILO)
+    with AllocationTracker() as tracker:
+        existing.add_(1).mul_(other)
+        torch.add(existing, other, out=existing)
+        existing.view(10, -1).detach().t()
+        existing[10:20] = 5
+        existing.zero_()
+        torch._foreach_add_([existing], [other])
+    assert (tracker.live_bytes, tracker.peak_bytes) == (0, 0)
+
+
+def test_views_share_the_bytes_of_their_tensor() -> None:
+    with AllocationTracker() as tracker:
+        view = torch.zeros(KILO)[:10]
+        assert tracker.live_bytes == 4000
+        del view
+        assert tracker.live_bytes == 0
+
+
+def test_tensors_that_only_autograd_holds_count() -> None:
+    weight = torch.ones(KILO, requires_grad=True)
+    with AllocationTracker() as tracker:
+        loss = weight.exp().exp().sum()
+        assert tracker.live_bytes == 2 * 4000 + 4
+        del loss
+        assert tracker.live_bytes == 0
+
+
+def test_all_results_of_an_operator_count() -> None:
+    with AllocationTracker() as tracker:
+        halves = torch.zeros(KILO).sort()
+        assert tracker.peak_bytes == 4000 + 4000 + 8000
+        assert halves[1].dtype == torch.int64
+
+
+def test_adding_to_a_gradient_that_exists_needs_one_tensor_more() -> None:
+    weight = torch.ones(KILO, requires_grad=True)
+    weight.grad = torch.zeros(KILO)
+    with AllocationTracker() as tracker:
+        (weight * 2).sum().backward()
+        assert tracker.live_bytes == 0
+    assert weight.grad.tolist() == [2.0] * KILO
+
+
+@pytest.mark.parametrize("depth", [1, 5, 20])
+def test_activations_of_a_chain_grow_with_its_depth(depth: int) -> None:
+    weight = torch.full((KILO,), 0.01, requires_grad=True)
+    weight.grad = torch.zeros(KILO)
+
+    def run() -> None:
+        values = weight
+        for _ in range(depth):
+            values = values.sigmoid()
+        values.sum().backward()
+
+    assert depth * 4000 <= measure_activations(run) <= (depth + 3) * 4000
+
+
+def test_nothing_is_counted_after_an_error() -> None:
+    tracker = AllocationTracker()
+    with pytest.raises(ZeroDivisionError), tracker:
+        1 / 0  # noqa: B018
+    kept = torch.zeros(KILO)
+    assert tracker.live_bytes == 0
+    del kept
+
+
+def test_sparse_gradients_do_not_stop_the_count() -> None:
+    embedding = torch.nn.Embedding(10, 4, sparse=True)
+    assert measure_activations(lambda: embedding(torch.tensor([1, 2])).sum().backward()) > 0
+
+
+# fit_budget
+
+
+@st.composite
+def measurements(draw: Any) -> list[tuple[int, int, int]]:
+    """Shapes as `measure_budget` takes them, and others beside them, of any model with a linear and a square part."""
+    per_cell, per_pair, fixed = draw(st.integers(1, 10**5)), draw(st.integers(0, 10**3)), draw(st.integers(0, 10**7))
+    widths = draw(st.lists(st.integers(32, 512), min_size=1, max_size=4, unique=True))
+    rows = draw(st.integers(1, 16))
+    return [(rows, width, rows * width * (per_cell + per_pair * width) + fixed) for width in widths]
+
+
+@given(measured=measurements(), wider=st.integers(0, 1000))
+@quick
+def test_no_measured_shape_is_predicted_too_small(measured: list[tuple[int, int, int]], wider: int) -> None:
+    budget = fit_budget(measured, max_bytes=10**9)
+    for rows, width, size in measured:
+        assert budget.bytes(rows, width) >= size * (1 + 1e-9)
+        assert budget.bytes(rows, width + wider) >= size * (1 + 1e-9)
+
+
+@given(
+    per_cell=st.integers(1, 10**5),
+    per_pair=st.integers(0, 10**3),
+    widths=st.tuples(st.integers(1, 99), st.integers(100, 512)),
+)
+@quick
+def test_what_grows_by_the_model_is_found(per_cell: int, per_pair: int, widths: tuple[int, int]) -> None:
+    measured = [(3, width, 3 * width * (per_cell + per_pair * width)) for width in widths]
+    budget = fit_budget(measured, max_bytes=10**9)
+    assert budget.bytes_per_cell == pytest.approx(SAFETY * per_cell)
+    assert budget.bytes_per_pair == pytest.approx(SAFETY * per_pair, abs=1e-6)
+    assert budget.max_bytes == 10**9
+    assert budget.max_tokens is None
+
+
+def test_one_shape_is_enough_for_a_linear_budget() -> None:
+    assert fit_budget([(4, 10, 4000)], max_bytes=12_000).tokens_at(10) == 100
+
+
+def test_bytes_that_grow_faster_than_the_square_still_give_a_budget() -> None:
+    measured = [(1, 10, 10), (1, 100, 100_000)]
+    budget = fit_budget(measured, max_bytes=10**9)
+    assert all(budget.bytes(rows, width) >= size for rows, width, size in measured)
+
+
+# A real model
+
+
+@pytest.fixture(scope="module")
+def bytes_of() -> Callable[[int, int], int]:
+    """Peak bytes of the activations of a BERT for `rows` and `width`."""
+    config = bert_config(max_position_embeddings=512, hidden_dropout_prob=0.1, num_hidden_layers=3)
+    model = build(BertForMaskedLM, config).train()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def measure(rows: int, width: int) -> int:
+        token_ids = torch.randint(5, VOCABULARY, (rows, width))
+        inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids), "labels": token_ids}
+        return measure_activations(lambda: model(**inputs).loss.backward())
+
+    return measure
+
+
+MEASURED = [(8, 32), (1, 300)]
+HELD_OUT = [(1, 40), (3, 37), (16, 48), (2, 200), (40, 33), (5, 100), (1, 512)]
+
+
+def test_held_out_shapes_of_a_real_model_stay_under_the_prediction(bytes_of: Callable[[int, int], int]) -> None:
+    budget = fit_budget([(rows, width, bytes_of(rows, width)) for rows, width in MEASURED], max_bytes=10**9)
+    for rows, width in HELD_OUT:
+        ratio = budget.bytes(rows, width) / bytes_of(rows, width)
+        assert 1 <= ratio < 2, (rows, width, ratio)
+
+
+@pytest.mark.parametrize("width", [24, 64, 150, 400])
+def test_largest_micro_batch_that_a_budget_allows_stays_under_its_bytes(
+    bytes_of: Callable[[int, int], int], width: int
+) -> None:
+    max_bytes = 20_000_000
+    budget = fit_budget([(rows, at, bytes_of(rows, at)) for rows, at in MEASURED], max_bytes=max_bytes)
+    rows = budget.tokens_at(width) // width
+    assert budget.fits(rows, width)
+    assert not budget.fits(rows + 1, width)
+    assert 0.5 * max_bytes < bytes_of(rows, width) <= max_bytes
+
+
+# What there is
+
+
+@pytest.fixture
+def device_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int, int], None]:
+    def put(total: int, used: int, free: int) -> None:
+        for name, value in (("total_memory", total), ("used_memory", used), ("free_memory", free)):
+            monkeypatch.setattr(memory, name, lambda device, value=value: value)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("limit", "pending", "room"),
+    [
+        (None, 0, DEFAULT_FRACTION * 600),
+        (None, 40, DEFAULT_FRACTION * 600 - 40),
+        (0.5, 0, 0.5 * 1000 - 300),
+        (0.5, 150, 0.5 * 1000 - 300 - 150),
+        (1.0, 0, 600),
+        (450, 0, 450 - 300),
+        (450, 149, 1),
+        (10**6, 10, 600 - 10),
+    ],
+)
+def test_room_is_the_limit_less_what_is_taken(
+    device_with: Any, limit: float | int | None, pending: int, room: float
+) -> None:
+    device_with(1000, 300, 600)
+    assert room_for_activations(CPU, limit, pending) == int(room)
+
+
+@pytest.mark.parametrize(("limit", "pending"), [(300, 0), (450, 150), (0.1, 0), (None, 600)])
+def test_no_room_is_an_error_that_names_what_takes_it(device_with: Any, limit: Any, pending: int) -> None:
+    device_with(1000, 300, 600)
+    with pytest.raises(ValueError, match="no memory is left for activations on cpu") as error:
+        room_for_activations(CPU, limit, pending)
+    message = str(error.value)
+    assert message.startswith(f"memory_limit={DEFAULT_FRACTION if limit is None else limit}: ")
+    assert "This process holds 300 B, 600 B are free" in message
+    assert f"gradients and optimizer states will take {pending} B more" in message
+    assert "Raise memory_limit, or take a smaller model" in message
+
+
+def test_an_address_space_limit_bounds_what_is_free() -> None:
+    script = """
+        import resource, psutil, torch
+        from hf_mbp import memory
+        GIB = 2**30
+        cpu = torch.device("cpu")
+        unlimited = memory.free_memory(cpu)
+        limit = psutil.Process().memory_info().vms + GIB
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        assert 0.9 * GIB < memory.free_memory(cpu) <= min(GIB, unlimited), memory.free_memory(cpu)
+        assert memory.total_memory(cpu) == min(limit, psutil.virtual_memory().total)
+        kept = torch.ones(2**27)
+        assert memory.free_memory(cpu) <= GIB // 2, memory.free_memory(cpu)
+        assert memory.room_for_activations(cpu, None, 1000) <= 0.9 * GIB // 2
+        try:
+            torch.ones(memory.free_memory(cpu) // 4 + 2**24)
+        except RuntimeError as error:
+            print("what is not free cannot be had:", error)
+    """
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60
+    )
+    assert "cannot be had: " in done.stdout, done.stderr
+
+
+@pytest.fixture
+def control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, str], None]:
+    def put(limit: str, used: str) -> None:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text(f"{used}\n")
+
+    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / Path(path).name)
+    return put
+
+
+@pytest.mark.parametrize(("limit", "used", "free"), [("1000000", "400000", 600_000), ("1000000", "1000001", 0)])
+def test_a_control_group_bounds_what_is_free(control_group: Any, limit: str, used: str, free: int) -> None:
+    control_group(limit, used)
+    assert memory.free_memory(CPU) == free
+    assert memory.total_memory(CPU) == int(limit)
+
+
+def test_a_control_group_without_a_limit_bounds_nothing(control_group: Any) -> None:
+    control_group("max", "400000")
+    assert memory.free_memory(CPU) > 10**6
+    assert memory.total_memory(CPU) > 10**6
+
+
+def test_memory_of_the_cpu_is_that_of_the_process() -> None:
+    held = psutil.Process().memory_info().rss
+    assert memory.used_memory(CPU) == pytest.approx(held, rel=0.2)
+    assert memory.used_memory(CPU) < memory.total_memory(CPU)
+    if os.uname().sysname == "Linux":
+        assert memory.peak_memory(CPU) >= 0.8 * held
+
+
+# What training will take
+
+
+def parameters(*sizes: int, **options: Any) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.ones(size), **options) for size in sizes]
+
+
+def test_gradients_and_two_optimizer_states_are_pending() -> None:
+    assert pending_training_bytes(parameters(10, 5), None) == 15 * 4 * 3
+
+
+def test_frozen_parameters_need_nothing() -> None:
+    assert pending_training_bytes([*parameters(10), *parameters(1000, requires_grad=False)], None) == 10 * 4 * 3
+
+
+def test_gradients_that_exist_are_not_pending() -> None:
+    weight, other = parameters(10, 5)
+    weight.grad = torch.zeros(10)
+    assert pending_training_bytes([weight, other], None) == 5 * 4 + 15 * 4 * 2
+
+
+def test_states_that_exist_are_not_pending() -> None:
+    (weight,) = parameters(10)
+    optimizer = torch.optim.AdamW([weight])
+    assert pending_training_bytes([weight], optimizer) == 10 * 4 * 3
+    weight.sum().backward()
+    optimizer.step()
+    assert pending_training_bytes([weight], optimizer) == 0
+    optimizer.zero_grad()
+    assert pending_training_bytes([weight], optimizer) == 10 * 4
+
+
+def test_half_precision_takes_half() -> None:
+    half = [torch.nn.Parameter(torch.ones(10, dtype=torch.bfloat16))]
+    assert pending_training_bytes(half, None) == 10 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (2**20, "1.0 MiB"), (5 * 2**40, "5120.0 GiB")],
+)
+def test_sizes_for_people(size: int, text: str) -> None:
+    assert format_bytes(size) == text

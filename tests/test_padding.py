@@ -1,0 +1,187 @@
+"""Padding is found, cut off and made harmless; compared with loops over rows and columns."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_mbp.padding import IGNORE_INDEX, cut_columns, is_left_padded, settle_left_padding, trim, width_of
+from tests.helpers import Pad
+
+quick = settings(deadline=None, derandomize=True, max_examples=60)
+
+row_lengths = st.lists(st.integers(1, 7), min_size=1, max_size=5)
+masks = st.integers(1, 6).flatmap(
+    lambda width: st.lists(st.lists(st.integers(0, 1), min_size=width, max_size=width), min_size=1, max_size=5)
+)
+
+
+def rows_of(lengths: list[int]) -> list[dict[str, Any]]:
+    """Rows whose tokens, and labels, all differ."""
+    starts = [10 * index + 1 for index in range(len(lengths))]
+    token_ids = [list(range(start, start + length)) for start, length in zip(starts, lengths, strict=True)]
+    return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [i + 500 for i in ids]} for ids in token_ids]
+
+
+# width_of, is_left_padded
+
+
+def test_width_is_that_of_the_mask() -> None:
+    assert width_of({"attention_mask": torch.ones(2, 7), "input_ids": torch.ones(2, 9)}) == 7
+
+
+@pytest.mark.parametrize("inputs", [{}, {"attention_mask": torch.ones(2, 3, 7)}, {"attention_mask": [[1, 1]]}])
+def test_no_width_without_a_mask_of_two_dimensions(inputs: dict[str, Any]) -> None:
+    assert width_of(inputs) is None
+    assert not is_left_padded(inputs)
+    assert trim(inputs) is inputs
+
+
+@given(row_lengths)
+@quick
+def test_left_padding_is_found_if_there_is_any(lengths: list[int]) -> None:
+    is_uneven = len(set(lengths)) > 1
+    assert is_left_padded(Pad(side="left")(rows_of(lengths))) == is_uneven
+    assert not is_left_padded(Pad(side="right")(rows_of(lengths)))
+
+
+@given(masks)
+@quick
+def test_a_row_is_left_padded_if_it_starts_with_padding_and_ends_with_a_token(mask: list[list[int]]) -> None:
+    assert is_left_padded({"attention_mask": torch.tensor(mask)}) == any(row[0] == 0 and row[-1] == 1 for row in mask)
+
+
+def test_a_batch_without_columns_is_not_padded() -> None:
+    assert not is_left_padded({"attention_mask": torch.ones(2, 0)})
+
+
+# trim
+
+
+@given(masks)
+@quick
+def test_trim_cuts_the_outer_columns_that_are_all_padding(mask: list[list[int]]) -> None:
+    used = [column for column in range(len(mask[0])) if any(row[column] for row in mask)]
+    kept = range(min(used), max(used) + 1) if used else range(len(mask[0]))
+    token_ids = torch.arange(len(mask) * len(mask[0])).view(len(mask), -1)
+    inputs = {"attention_mask": torch.tensor(mask), "input_ids": token_ids, "embeddings": token_ids[..., None].float()}
+    trimmed = trim(inputs)
+    assert trimmed["attention_mask"].tolist() == [[row[column] for column in kept] for row in mask]
+    assert trimmed["input_ids"].tolist() == [[row[column] for column in kept] for row in token_ids.tolist()]
+    assert torch.equal(trimmed["embeddings"][..., 0].long(), trimmed["input_ids"])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@given(lengths=row_lengths)
+@quick
+def test_trimmed_rows_are_those_padded_on_their_own(side: str, lengths: list[int]) -> None:
+    rows, pad = rows_of(lengths), Pad(side=side)
+    wide = pad([*rows, *rows_of([8])])
+    trimmed = trim({key: value[:-1] for key, value in wide.items()})
+    assert {key: value.tolist() for key, value in trimmed.items()} == {k: v.tolist() for k, v in pad(rows).items()}
+
+
+def test_trim_leaves_what_is_not_as_wide() -> None:
+    inputs = {"attention_mask": torch.tensor([[1, 1, 0, 0]]), "labels": torch.tensor([1]), "other": torch.ones(1, 9)}
+    trimmed = trim({**inputs, "name": "x"})
+    assert trimmed["attention_mask"].shape == (1, 2)
+    assert trimmed["labels"] is inputs["labels"]
+    assert trimmed["other"] is inputs["other"]
+    assert trimmed["name"] == "x"
+
+
+# cut_columns
+
+
+def test_cut_keeps_the_first_columns_of_what_holds_tokens() -> None:
+    inputs = {
+        "input_ids": torch.arange(20).view(2, 10),
+        "mask": torch.ones(2, 10, dtype=torch.bool),
+        "choices": torch.arange(40).view(2, 2, 10),
+        "labels": torch.tensor([7, 8]),
+        "targets": torch.tensor([[0.5, 0.25, 0.125]] * 2),
+        "scale": torch.tensor(2.0),
+        "name": "x",
+    }
+    cut = cut_columns(inputs, 0.4)
+    assert cut["input_ids"].tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
+    assert cut["mask"].shape == (2, 4)
+    assert cut["choices"][:, 1].tolist() == [[10, 11, 12, 13], [30, 31, 32, 33]]
+    assert all(cut[key] is inputs[key] for key in ("labels", "targets", "scale", "name"))
+    assert all(value.is_contiguous() for value in cut.values() if torch.is_tensor(value))
+
+
+def test_cut_keeps_at_least_one_column() -> None:
+    assert cut_columns({"input_ids": torch.ones(2, 10, dtype=torch.long)}, 0.001)["input_ids"].shape == (2, 1)
+
+
+# settle_left_padding
+
+
+def items_of(labels: torch.Tensor) -> list[list[int]]:
+    """Targets that a shifting loss counts, of each row."""
+    return [[label for label in row[1:] if label != IGNORE_INDEX] for row in labels.tolist()]
+
+
+@given(lengths=row_lengths, extra=st.integers(0, 3))
+@quick
+def test_items_of_a_row_do_not_depend_on_its_batch(lengths: list[int], extra: int) -> None:
+    rows = rows_of(lengths)
+    together = Pad(side="left")([*rows, *rows_of([max(lengths) + extra])])
+    settled = settle_left_padding(together, add_position_ids=False)
+    assert items_of(settled["labels"])[:-1] == [row["labels"][1:] for row in rows]
+
+
+def test_without_settling_the_items_of_a_row_depend_on_its_batch() -> None:
+    rows = rows_of([3, 5])
+    assert items_of(Pad(side="left")(rows)["labels"])[0] == rows[0]["labels"]
+    assert items_of(Pad(side="left")(rows[:1])["labels"])[0] == rows[0]["labels"][1:]
+
+
+@given(lengths=row_lengths)
+@quick
+def test_positions_count_from_the_first_token(lengths: list[int]) -> None:
+    inputs = Pad(side="left")(rows_of([*lengths, 9]))
+    positions = settle_left_padding(inputs, add_position_ids=True)["position_ids"]
+    for row, length in zip(positions.tolist(), lengths, strict=False):
+        assert row[9 - length :] == list(range(length))
+        assert all(0 <= position < 9 for position in row)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
+    inputs = Pad(side="left")(rows_of([2, 4]))
+    inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
+    settled = settle_left_padding(inputs, add_position_ids=True)
+    assert settled["labels"].tolist() == [[-100, -100, -100, 502], [-100, 512, 513, 514]]
+    assert settled["position_ids"].tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+    assert settled["position_ids"].dtype == torch.int64
+
+
+def test_the_collated_inputs_are_not_changed() -> None:
+    inputs = Pad(side="left")(rows_of([2, 4]))
+    before = {key: value.clone() for key, value in inputs.items()}
+    settle_left_padding(inputs, add_position_ids=True)
+    assert inputs.keys() == before.keys()
+    assert all(torch.equal(inputs[key], before[key]) for key in before)
+
+
+def test_positions_that_are_given_or_not_wanted() -> None:
+    inputs = Pad(side="left")(rows_of([2, 4]))
+    given_ids = torch.full((2, 4), 7)
+    assert "position_ids" not in settle_left_padding(inputs, add_position_ids=False)
+    assert (
+        settle_left_padding({**inputs, "position_ids": given_ids}, add_position_ids=True)["position_ids"] is given_ids
+    )
+
+
+def test_right_padding_is_left_alone() -> None:
+    inputs = Pad(side="right")(rows_of([2, 4]))
+    assert settle_left_padding(inputs, add_position_ids=True) is inputs
+
+
+def test_labels_of_another_shape_are_left_alone() -> None:
+    inputs = {**Pad(side="left")(rows_of([2, 4])), "labels": torch.tensor([1, 0])}
+    assert settle_left_padding(inputs, add_position_ids=False)["labels"] is inputs["labels"]

@@ -1,0 +1,216 @@
+"""Logged numbers are sums over steps and ranks, checked by hand on small steps."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import BertForMaskedLM
+
+from hf_mbp import report
+from hf_mbp.plan import as_sizes
+from hf_mbp.report import Counts, StepClock, StepReport, start_line
+from hf_mbp.step import MicroBatch
+from tests.helpers import bert_config, build, masked_prefix, mbp_trainer, token_rows, with_labels
+
+
+class FakeRanks:
+    """This rank and others that say what `change` makes of its numbers."""
+
+    def __init__(self, *changes: Any) -> None:
+        self.changes = changes
+        self.count = 1 + len(changes)
+
+    def gather(self, *numbers: float) -> list[list[float]]:
+        return [list(numbers), *([change(number) for number in numbers] for change in self.changes)]
+
+
+ALONE = FakeRanks()
+
+
+def micro_batch(cells: int, tokens: int) -> MicroBatch:
+    return MicroBatch(inputs={}, num_rows=1, num_items=1, cells=cells, tokens=tokens)
+
+
+def step_of(*shapes: tuple[int, int]) -> list[MicroBatch]:
+    return [micro_batch(cells, tokens) for cells, tokens in shapes]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock whose hand is the first element."""
+    hand = [0.0]
+    monkeypatch.setattr(report.time, "perf_counter", lambda: hand[0])
+    return hand
+
+
+# Counts
+
+
+def test_counts_add_up() -> None:
+    counts = Counts(steps=1, micro_batches=2, cells=3, tokens=4, unsplit_cells=5, seconds=0.5)
+    counts.add(Counts(steps=10, micro_batches=20, cells=30, tokens=40, unsplit_cells=50, seconds=0.25))
+    assert counts == Counts(steps=11, micro_batches=22, cells=33, tokens=44, unsplit_cells=55, seconds=0.75)
+
+
+def test_counts_over_ranks_are_summed_or_those_of_the_slowest() -> None:
+    counts = Counts(steps=2, micro_batches=7, cells=100, tokens=60, unsplit_cells=300, seconds=1.5)
+    merged = counts.over(FakeRanks(lambda number: number * 2))
+    assert merged == Counts(steps=4, micro_batches=14, cells=300, tokens=180, unsplit_cells=900, seconds=3.0)
+    assert all(type(value) is (float if name == "seconds" else int) for name, value in vars(merged).items())
+    assert counts.over(ALONE) == counts
+
+
+def test_padding_fractions() -> None:
+    counts = Counts(cells=80, tokens=60, unsplit_cells=240)
+    assert (counts.padding_fraction, counts.padding_fraction_unsplit) == (0.25, 0.75)
+    assert (Counts().padding_fraction, Counts().padding_fraction_unsplit) == (0, 0)
+
+
+def test_there_is_no_negative_padding() -> None:
+    assert Counts(tokens=10, unsplit_cells=5).padding_fraction_unsplit == 0
+
+
+# StepReport
+
+
+def test_a_step_counts_its_micro_batches_and_what_its_batches_would_have_been() -> None:
+    steps = StepReport()
+    steps.add_step(step_of((40, 30), (12, 12)), [as_sizes([10, 4, 3]), as_sizes([7, 18])], 64)
+    assert steps.since_log == Counts(steps=1, micro_batches=2, cells=52, tokens=42, unsplit_cells=3 * 10 + 2 * 18)
+    assert steps.max_tokens == 64
+
+
+def test_source_and_target_are_padded_separately() -> None:
+    steps = StepReport()
+    steps.add_step(step_of((9, 9)), [as_sizes([(10, 2), (3, 8)])], 64)
+    assert steps.since_log.unsplit_cells == 2 * (10 + 8)
+
+
+def test_log_entries_are_those_since_the_last_log(clock: list[float]) -> None:
+    steps = StepReport()
+    for tokens in (30, 50):
+        steps.start_step()
+        clock[0] += 2
+        steps.add_step(step_of((50, tokens), (50, tokens), (0, 0)), [as_sizes([9])], 128)
+        steps.stop_clock()
+    assert steps.flush(ALONE, peak_bytes=77) == {
+        "mbp_micro_batches": 3,
+        "mbp_padding_fraction": pytest.approx(1 - 160 / 200),
+        "mbp_tokens_per_second": 160 / 4,
+        "mbp_cells": 200,
+        "mbp_tokens": 160,
+        "mbp_max_tokens": 128,
+        "mbp_peak_memory_bytes": 77,
+        "mbp_oom_retries": 0,
+    }
+    steps.add_step(step_of((10, 10)), [], 128)
+    assert steps.flush(ALONE, 0)["mbp_tokens"] == 10
+
+
+def test_log_entries_of_several_ranks() -> None:
+    steps = StepReport()
+    steps.add_step(step_of((40, 30), (20, 20)), [as_sizes([9])], 64)
+    logs = steps.flush(FakeRanks(lambda number: number, lambda number: 3 * number), 0)
+    assert (logs["mbp_cells"], logs["mbp_tokens"]) == (60 * 5, 50 * 5)
+    assert logs["mbp_padding_fraction"] == pytest.approx(1 / 6)
+
+
+def test_totals_are_those_of_all_steps(clock: list[float]) -> None:
+    steps = StepReport()
+    for _ in range(3):
+        steps.start_step()
+        clock[0] += 1
+        steps.add_step(step_of((40, 30), (20, 20)), [as_sizes([10, 9, 8, 7, 6, 5, 4, 1])], 64)
+        steps.flush(ALONE, 0)
+    steps.stop_clock()
+    steps.add_step(step_of((20, 20)), [as_sizes([20])], 64)
+    assert steps.totals(ALONE) == {
+        "mbp_micro_batches": 7 / 4,
+        "mbp_cells": 200,
+        "mbp_tokens": 170,
+        "mbp_padding_fraction": pytest.approx(1 - 170 / 200),
+        "mbp_padding_fraction_unsplit": pytest.approx(1 - 170 / 260),
+        "mbp_tokens_per_second": pytest.approx(170 / 3),
+    }
+
+
+def test_nothing_was_done() -> None:
+    assert set(StepReport().flush(ALONE, 0).values()) == {0}
+    assert set(StepReport().totals(ALONE).values()) == {0}
+
+
+# The clock
+
+
+def test_the_clock_stands_still_between_steps(clock: list[float]) -> None:
+    steps = StepReport()
+    stop = StepClock(steps)
+    for work, pause in ((2, 100), (3, 1000)):
+        steps.start_step()
+        clock[0] += work
+        stop.on_step_end(None, None, None)
+        clock[0] += pause
+    assert steps.since_log.seconds == 5
+
+
+def test_a_step_that_was_not_ended_counts_until_the_next(clock: list[float]) -> None:
+    steps = StepReport()
+    steps.start_step()
+    clock[0] += 2
+    steps.start_step()
+    clock[0] += 3
+    steps.stop_clock()
+    steps.stop_clock()
+    assert steps.since_log.seconds == 5
+
+
+# The line for the reader
+
+
+def test_first_line_says_what_will_happen() -> None:
+    micro_batches = step_of((1000, 900), (500, 450))
+    line = start_line(1600, micro_batches, [as_sizes([100] * 20)], "at most 1,024 tokens each, as asked", "Exact.")
+    assert line == (
+        "hf_mbp: 1,600 rows a step run as 2 micro-batches (at most 1,024 tokens each, as asked). "
+        "Padding in the first step: 10.0% of 1,500 cells; 32.5% of 2,000 without splitting. Exact."
+    )
+
+
+# In a run
+
+
+def trained(folder: Path, **changes: Any) -> Any:
+    rows = with_labels(token_rows(), masked_prefix)
+    options = {"check_at_start": False, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    trainer = mbp_trainer(build(BertForMaskedLM, bert_config()), rows, folder, **{**options, **changes})
+    return trainer, trainer.train().metrics
+
+
+def test_logs_and_metrics_of_a_run(tmp_path: Path) -> None:
+    trainer, metrics = trained(tmp_path, max_steps=3)
+    tokens = sum(len(row["input_ids"]) for row in token_rows())
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["mbp_tokens"] for entry in logs] == [tokens] * 3
+    assert all(entry["mbp_micro_batches"] >= tokens / 64 for entry in logs)
+    assert all(entry["mbp_max_tokens"] == 64 for entry in logs)
+    assert all(entry["mbp_peak_memory_bytes"] > 10**7 for entry in logs)
+    assert all(entry["mbp_tokens_per_second"] > 0 for entry in logs)
+    assert metrics["mbp_tokens"] == 3 * tokens
+    assert metrics["mbp_cells"] == sum(entry["mbp_cells"] for entry in logs)
+    assert 0 <= metrics["mbp_padding_fraction"] < metrics["mbp_padding_fraction_unsplit"] < 1
+
+
+@pytest.mark.parametrize(("rows", "batches"), [(16, 1), (1, 16)])
+def test_padding_is_compared_with_that_of_the_batches_as_they_were_read(
+    rows: int, batches: int, tmp_path: Path
+) -> None:
+    _, metrics = trained(tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=batches)
+    lengths = [len(row["input_ids"]) for row in token_rows()]
+    expected = 1 - sum(lengths) / (16 * max(lengths)) if rows == 16 else 0
+    assert metrics["mbp_padding_fraction_unsplit"] == pytest.approx(expected)
+
+
+def test_a_second_run_counts_from_zero(tmp_path: Path) -> None:
+    trainer, first = trained(tmp_path, max_steps=2)
+    second = trainer.train().metrics
+    assert second["mbp_tokens"] == first["mbp_tokens"]
