@@ -1,0 +1,136 @@
+"""The options of the fine-tuning script that neither TrainingArguments nor MBPConfig has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from transformers import Seq2SeqTrainingArguments
+
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+
+
+@dataclass(kw_only=True)
+class RunArguments:
+    """What to do."""
+
+    task: str = field(
+        default="text_classification", metadata={"help": "what to train: text_classification, language_modeling"}
+    )
+    eval_before_training: bool = field(
+        default=True, metadata={"help": "evaluate the untrained model, too, so that the result can be compared"}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "delete the earlier run (checkpoints, results) that output_dir holds"}
+    )
+    debug_traceback: bool = field(
+        default=False, metadata={"help": "show where an error came from, not only its message"}
+    )
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """Which model."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "a model on the Hub, a folder, or package://NAME/FOLDER for one inside an installed pip package"
+        },
+    )
+    gguf_file: str | None = field(
+        default=None,
+        metadata={"help": "file in the model's folder, when the weights are in GGUF; they are de-quantized"},
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "tokenizer, when it is not the model's own"})
+    model_revision: str = field(default="main", metadata={"help": "branch, tag or commit of the model on the Hub"})
+    dtype: str = field(
+        default="float32", metadata={"help": f"of the weights: {', '.join(get_args(Dtype))} (as stored)"}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "for example sdpa, eager, flash_attention_2"}
+    )
+    new_head: bool = field(
+        default=False, metadata={"help": "start a new classification head, though the model has one for other labels"}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(Dtype):
+            raise ValueError(f"dtype is {self.dtype!r}; write one of {', '.join(get_args(Dtype))}")
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """Which data."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "data set on the Hub"})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "its configuration"})
+    train_split: str = field(default="train", metadata={"help": "its split to train on"})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "its split to evaluate on; unset: 'validation' if there is one"}
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "a file instead: .csv, .tsv, .json, .jsonl, .parquet, .txt, also .gz, .xz, .bz2;"
+            " its path is relative to the working directory or to the recipe"
+        },
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "the same, to evaluate on"})
+    validation_fraction: float | None = field(
+        default=None, metadata={"help": "evaluate on this random share of the training data (0 to 1) instead"}
+    )
+    text_column: str = field(default="text", metadata={"help": "column with the text"})
+    text_pair_column: str | None = field(
+        default=None, metadata={"help": "classification of pairs: column with the second text"}
+    )
+    label_column: str = field(
+        default="label", metadata={"help": "classification: column with the label, a name or an integer"}
+    )
+    prompt_column: str | None = field(default=None, metadata={"help": "language modeling: what the user says"})
+    answer_column: str | None = field(default=None, metadata={"help": "language modeling: what the model is to answer"})
+    messages_column: str | None = field(
+        default=None, metadata={"help": "language modeling: whole conversations, lists of {role, content}"}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "cut rows after so many tokens; unset: after as many as the model can read"}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "use only the first so many rows"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "use only the first so many rows"})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "processes that tokenize"})
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; write a whole number from 1, or leave it out")
+        if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction is {self.validation_fraction}; write a number between 0 and 1, such as 0.1"
+            )
+        self._check_sources()
+        self._check_columns()
+
+    def _check_sources(self) -> None:
+        if (self.dataset_name is None) == (self.train_file is None):
+            raise ValueError("write either dataset_name (a data set on the Hub) or train_file (a file of yours)")
+        if self.validation_file is not None and self.train_file is None:
+            raise ValueError("validation_file goes with train_file; for a data set on the Hub write validation_split")
+        given = [
+            n for n in ("validation_file", "validation_split", "validation_fraction") if getattr(self, n) is not None
+        ]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say what to evaluate on; keep one of them")
+
+    def _check_columns(self) -> None:
+        if (self.prompt_column is None) != (self.answer_column is None):
+            raise ValueError("prompt_column and answer_column go together; one of them is missing")
+        if self.prompt_column is not None and self.messages_column is not None:
+            raise ValueError("write either prompt_column and answer_column, or messages_column, not both")
+
+
+class TrainArguments(Seq2SeqTrainingArguments):
+    """transformers' own arguments; this class only gives them a heading of their own in the help."""
+
+    _argument_group_name = "training (transformers.Seq2SeqTrainingArguments)"

@@ -1,0 +1,148 @@
+"""The rows to train on and to evaluate on, as the user has them: not tokenized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from hf_mbp.cli.arguments import DataArguments
+from hf_mbp.cli.errors import UserError, user_errors
+from hf_mbp.cli.sources import resolve_file
+
+# Suffix -> builder of the datasets library and its options.
+_BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"delimiter": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {}),
+}
+_COMPRESSED = frozenset((".gz", ".xz", ".bz2", ".zst"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Training rows, and evaluation rows if there are any; and where they came from, for messages."""
+
+    train: Dataset
+    validation: Dataset | None
+    train_origin: str
+    validation_origin: str
+
+
+def load_splits(arguments: DataArguments, recipe_folder: Path, seed: int) -> Splits:
+    """Load both splits, divide off ``validation_fraction``, and keep the first ``max_*_samples`` rows of each.
+
+    Raises:
+        UserError: a file or split that is not there, cannot be read, or has no rows.
+    """
+    splits = (
+        _from_files(arguments.train_file, arguments, recipe_folder) if arguments.train_file else _from_hub(arguments)
+    )
+    _refuse_empty(splits.train, splits.train_origin)
+    if arguments.validation_fraction is not None:
+        splits = _divide(splits, arguments.validation_fraction, seed)
+    if splits.validation is not None:
+        _refuse_empty(splits.validation, splits.validation_origin)
+    return Splits(
+        train=_first_rows(splits.train, arguments.max_train_samples),
+        validation=splits.validation and _first_rows(splits.validation, arguments.max_eval_samples),
+        train_origin=splits.train_origin,
+        validation_origin=splits.validation_origin,
+    )
+
+
+def load_file(path: Path) -> Dataset:
+    """Load one file, by its suffix.
+
+    Raises:
+        UserError: a suffix that is not known, or content that is not what the suffix says.
+    """
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    if not suffixes or suffixes[-1] not in _BUILDERS:
+        raise UserError(f"{path}: unknown kind of file; use {', '.join(_BUILDERS)}, also with .gz, .xz, .bz2 or .zst")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty")
+    builder, options = _BUILDERS[suffixes[-1]]
+    try:
+        return load_dataset(builder, data_files=str(path), split="train", **options)
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        if "corresponds to no data" in str(error):
+            raise UserError(f"{path} has no rows") from error
+        # datasets wraps the reader's own message, which has the line and the reason
+        raise UserError(f"{path} cannot be read as {builder}: {error.__cause__ or error}") from error
+
+
+def require_columns(splits: Splits, columns: dict[str, str | None]) -> None:
+    """Check that both splits have the columns; ``columns`` maps the option to the name it gives (``None``: not used).
+
+    Raises:
+        UserError: naming the option, the missing column and the columns that are there.
+    """
+    for rows, origin in ((splits.train, splits.train_origin), (splits.validation, splits.validation_origin)):
+        for option, column in columns.items():
+            if rows is not None and column is not None and column not in rows.column_names:
+                raise UserError(
+                    f"{origin} has no column {column!r} (option {option});"
+                    f" its columns are {', '.join(rows.column_names)}"
+                )
+
+
+def _from_files(train_file: str, arguments: DataArguments, recipe_folder: Path) -> Splits:
+    train = resolve_file(train_file, recipe_folder)
+    validation = None if arguments.validation_file is None else resolve_file(arguments.validation_file, recipe_folder)
+    return Splits(
+        train=load_file(train),
+        validation=None if validation is None else load_file(validation),
+        train_origin=str(train),
+        validation_origin=str(validation or train),
+    )
+
+
+def _from_hub(arguments: DataArguments) -> Splits:
+    name = arguments.dataset_name
+    with user_errors(f"data set {name} cannot be loaded from the Hub", (ValueError, OSError, DatasetGenerationError)):
+        loaded = load_dataset(name, arguments.dataset_config_name)
+    validation = arguments.validation_split or ("validation" if "validation" in loaded else None)
+    if arguments.validation_fraction is not None:
+        validation = None
+    for option, split in (("train_split", arguments.train_split), ("validation_split", validation)):
+        if split is not None and split not in loaded:
+            raise UserError(
+                f"data set {name} has no split {split!r} (option {option}); its splits are {', '.join(loaded)}"
+            )
+    return Splits(
+        train=loaded[arguments.train_split],
+        validation=None if validation is None else loaded[validation],
+        train_origin=f"{name}, split {arguments.train_split}",
+        validation_origin=f"{name}, split {validation or arguments.train_split}",
+    )
+
+
+def _divide(splits: Splits, fraction: float, seed: int) -> Splits:
+    if len(splits.train) < 2:
+        raise UserError(f"{splits.train_origin} has one row, which validation_fraction cannot divide")
+    with user_errors(f"validation_fraction {fraction} of the {len(splits.train)} rows of {splits.train_origin}"):
+        divided: DatasetDict = splits.train.train_test_split(test_size=fraction, seed=seed)
+    return Splits(
+        train=divided["train"],
+        validation=divided["test"],
+        train_origin=splits.train_origin,
+        validation_origin=f"{splits.train_origin} (validation_fraction)",
+    )
+
+
+def _first_rows(rows: Dataset, limit: int | None) -> Dataset:
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def _refuse_empty(rows: Dataset, origin: str) -> None:
+    if len(rows) == 0:
+        raise UserError(f"{origin} has no rows")

@@ -1,0 +1,148 @@
+"""Fine-tune a model as a recipe says, measure it before and after, save everything."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from hf_mbp.cli.data import load_splits
+from hf_mbp.cli.errors import UserError, keep_other_processes_quiet, run_reporting_errors, say, user_errors
+from hf_mbp.cli.help import short_help
+from hf_mbp.cli.models import load_config, load_tokenizer
+from hf_mbp.cli.output import BEFORE_RESULTS, RECIPE, delete_run, find_checkpoint, refuse_other_run
+from hf_mbp.cli.padding import PaddingTotals
+from hf_mbp.cli.plots import plot_loss, plot_padding
+from hf_mbp.cli.recipe import Recipe, dump_recipe, read_recipe, recipe_parser
+from hf_mbp.cli.tasks import find_task
+from hf_mbp.cli.tasks.base import TaskSetup
+from hf_mbp.cli.trainers import FinetuneTrainer
+
+Metrics = dict[str, Any]
+# Speeds of the loops; they are in the saved results, and too many for the screen.
+_UNREPORTED = ("_per_second", "_preparation_time")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; return its exit code (2 after a user's mistake, which is told in one line)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help", "--help_all"} & set(argv):
+        say(recipe_parser().format_help() if "--help_all" in argv else short_help())
+        return 0
+    keep_other_processes_quiet()
+    show_traceback = any(word.startswith(("--debug_traceback", "--debug-traceback")) for word in argv)
+    return run_reporting_errors(lambda: finetune(read_recipe(argv)), show_traceback=show_traceback)
+
+
+def finetune(recipe: Recipe) -> None:
+    """Do what the recipe says.
+
+    Raises:
+        UserError: it cannot be done; nothing was trained.
+    """
+    folder = Path(str(recipe.train.output_dir))
+    checkpoint = find_checkpoint(recipe.train.resume_from_checkpoint, folder)
+    refuse_other_run(folder, overwrite=recipe.run.overwrite_output_dir, resuming=checkpoint is not None)
+    trainer = build_trainer(recipe)
+    _claim_folder(recipe, folder, resuming=checkpoint is not None)
+    before = _evaluate_before(trainer, recipe, folder, resuming=checkpoint is not None)
+    trained = _train(trainer, checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", trained)
+    after = _evaluate(trainer, "eval")
+    _draw(trainer, folder, before, trained)
+    _report({**before, **trained, **after}, folder)
+    trainer.end()
+
+
+def build_trainer(recipe: Recipe) -> FinetuneTrainer:
+    """Load data and model as the recipe's task wants them, and put them into a trainer."""
+    prepare_task = find_task(recipe.run.task)
+    if recipe.train.device.type == "cpu" and "dataloader_pin_memory" not in recipe.given:
+        recipe.train.dataloader_pin_memory = False  # nothing to pin for; torch would warn
+    set_seed(recipe.train.seed)  # before the model is loaded: a new classification head is random
+    with recipe.train.main_process_first(desc="preparing data"):
+        config = load_config(recipe.model)
+        tokenizer = load_tokenizer(recipe.model, config)
+        splits = load_splits(recipe.data, recipe.folder, recipe.train.seed)
+        setup = prepare_task(splits, tokenizer, config, recipe.model, recipe.data)
+    return _trainer(recipe, tokenizer, setup)
+
+
+def _trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, setup: TaskSetup) -> FinetuneTrainer:
+    with user_errors("the trainer refuses"):
+        return FinetuneTrainer(
+            model=setup.model,
+            args=recipe.train,
+            mbp_config=recipe.mbp,
+            train_dataset=setup.train,
+            eval_dataset=setup.validation,
+            data_collator=setup.collator,
+            processing_class=tokenizer,
+            compute_metrics=setup.compute_metrics,
+            preprocess_logits_for_metrics=setup.preprocess_logits_for_metrics,
+        )
+
+
+def _claim_folder(recipe: Recipe, folder: Path, *, resuming: bool) -> None:
+    """Make the folder this run's own, once every process has seen that it may be."""
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        if recipe.run.overwrite_output_dir and not resuming:
+            delete_run(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+    PartialState().wait_for_everyone()
+
+
+def _evaluate_before(trainer: FinetuneTrainer, recipe: Recipe, folder: Path, *, resuming: bool) -> Metrics:
+    if not recipe.run.eval_before_training:
+        return {}
+    if resuming:  # the untrained model was evaluated when the run began
+        file = folder / BEFORE_RESULTS
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return _evaluate(trainer, "eval_before")
+
+
+def _evaluate(trainer: FinetuneTrainer, prefix: str) -> Metrics:
+    if trainer.eval_dataset is None:
+        return {}
+    metrics: Metrics = trainer.evaluate(metric_key_prefix=prefix)
+    trainer.save_metrics(prefix, metrics)
+    return metrics
+
+
+def _train(trainer: FinetuneTrainer, checkpoint: Path | None) -> Metrics:
+    try:
+        metrics: Metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
+    except ValueError as error:
+        # Before the first step it is the set-up that is refused: no memory left, a loss that cannot be split.
+        if trainer.state.global_step > 0:
+            raise
+        raise UserError(f"training cannot start: {error}") from error
+    return metrics
+
+
+def _draw(trainer: FinetuneTrainer, folder: Path, before: Metrics, trained: Metrics) -> None:
+    if find_spec("matplotlib") is None:
+        say("matplotlib is not installed, so nothing is drawn; pip install 'hf-mbp[recipes]' brings it")
+    elif trainer.is_world_process_zero():
+        plot_loss(trainer.state.log_history, before, folder / "loss.png")
+        plot_padding(trainer.state.log_history, PaddingTotals.from_metrics(trained), folder / "padding.png")
+
+
+def _report(metrics: Metrics, folder: Path) -> None:
+    for name, value in metrics.items():
+        if name.startswith(("eval_", "train_")) and not name.endswith(_UNREPORTED):
+            say(f"{name} {value:.4g}")
+    totals = PaddingTotals.from_metrics(metrics)
+    if totals is not None:
+        say(str(totals))
+    say(f"saved in {folder}")

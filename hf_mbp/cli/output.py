@@ -1,0 +1,66 @@
+"""The folder of a run: what may be in it before, and what is in it after."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_mbp.cli.errors import UserError
+
+RECIPE = "recipe.yaml"
+BEFORE_RESULTS = "eval_before_results.json"
+# What a run writes beside model and tokenizer, which the next run replaces anyway.
+_RESULTS = (RECIPE, BEFORE_RESULTS, "train_results.json", "eval_results.json", "all_results.json", "trainer_state.json")
+_PLOTS = ("loss.png", "padding.png")
+
+
+def refuse_other_run(folder: Path, *, overwrite: bool, resuming: bool) -> None:
+    """Check that the folder holds no earlier run, unless that is to be overwritten or continued.
+
+    Raises:
+        UserError: it does, or its path is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {folder} is a file; name a folder")
+    if not (overwrite or resuming) and (found := _traces(folder)):
+        raise UserError(
+            f"output_dir {folder} holds an earlier run ({found[0].name}); name another folder,"
+            " write --overwrite_output_dir to delete that run, or --resume_from_checkpoint last to go on with it"
+        )
+
+
+def delete_run(folder: Path) -> None:
+    """Delete what an earlier run left in the folder; files that are not ours stay."""
+    for path in (*_traces(folder), *(folder / name for name in _PLOTS)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
+    """Return the checkpoint to go on from: ``true`` or ``last`` is the last one in the folder, anything else its path.
+
+    Raises:
+        UserError: there is none.
+    """
+    if wanted is None or wanted.lower() in ("false", "none"):
+        return None
+    if wanted.lower() in ("true", "last"):
+        last: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if last is None:
+            raise UserError(f"resume_from_checkpoint is {wanted!r}, but output_dir {folder} has no checkpoint-* folder")
+        return Path(last)
+    if not Path(wanted, "trainer_state.json").is_file():
+        raise UserError(
+            f"resume_from_checkpoint: {wanted} is not a checkpoint of the Trainer (it has no trainer_state.json)"
+        )
+    return Path(wanted)
+
+
+def _traces(folder: Path) -> list[Path]:
+    return [
+        path for path in (*(folder / name for name in _RESULTS), *sorted(folder.glob("checkpoint-*"))) if path.exists()
+    ]

@@ -1,0 +1,188 @@
+"""A recipe: one flat YAML file, every key of which is also an option of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_mbp.cli.arguments import DataArguments, ModelArguments, RunArguments, TrainArguments
+from hf_mbp.cli.errors import UserError, user_errors
+from hf_mbp.cli.sources import resolve_file
+from hf_mbp.config import MBPConfig
+
+OWN_CLASSES = (RunArguments, ModelArguments, DataArguments, MBPConfig)
+CLASSES = (*OWN_CLASSES, TrainArguments)
+# Never written to recipe.yaml: a run's folder is made to be shared.
+SECRETS = frozenset(("hub_token", "push_to_hub_token"))
+
+Values = dict[str, Any]
+Arguments = TypeVar("Arguments")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything a run was asked to do.
+
+    ``given`` holds the values that the YAML file or the command line named, ``folder`` is where relative data paths
+    are looked up when they do not exist in the working directory.
+    """
+
+    run: RunArguments
+    model: ModelArguments
+    data: DataArguments
+    mbp: MBPConfig
+    train: TrainArguments
+    given: Values
+    folder: Path
+
+
+def read_recipe(argv: Sequence[str]) -> Recipe:
+    """Read ``[RECIPE.yaml] [--option value ...]``; the command line wins.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, or a combination that makes no sense.
+    """
+    parser = recipe_parser()
+    file, from_command_line = _parse_command_line(parser, argv)
+    from_file = {} if file is None else read_yaml(parser, file)
+    given = {**from_file, **from_command_line}
+    folder = Path.cwd() if file is None else file.parent
+    with user_errors("bad option", (ValueError, TypeError, ImportError)):
+        return Recipe(
+            run=_fill(RunArguments, given),
+            model=_fill(ModelArguments, given),
+            data=_fill(DataArguments, given),
+            mbp=_fill(MBPConfig, given),
+            train=_fill(TrainArguments, given),
+            given=given,
+            folder=folder,
+        )
+
+
+def _fill(arguments: type[Arguments], given: Values) -> Arguments:
+    names = field_types(arguments)
+    return arguments(**{name: value for name, value in given.items() if name in names})
+
+
+class _Parser(HfArgumentParser):
+    """Reports mistakes as exceptions, so that the caller can say in which file they are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise, with ``--max_length: ...`` instead of ``argument --max_length/--max-length: ...``."""
+        raise UserError(re.sub(r"^argument (--\w+)\S*:", r"\1:", message))
+
+
+def recipe_parser() -> argparse.ArgumentParser:
+    """Return the parser of all options. Abbreviations are off: a new option could change what they mean."""
+    parser: argparse.ArgumentParser = _Parser(CLASSES, prog="finetune.py", allow_abbrev=False)
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="flat YAML file with any of the options below")
+    return parser
+
+
+def field_types(arguments: type) -> dict[str, tuple[type, ...]]:
+    """Return the fields that can be set, and the types each may have: ``X | None`` gives ``X`` and ``NoneType``."""
+    hints = get_type_hints(arguments)
+    return {field.name: _members(hints[field.name]) for field in dataclasses.fields(arguments) if field.init}
+
+
+def _members(hint: Any) -> tuple[type, ...]:
+    if get_origin(hint) in (Union, types.UnionType):
+        return tuple(member for part in get_args(hint) for member in _members(part))
+    return (get_origin(hint) or hint,)
+
+
+def _parse_command_line(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Path | None, Values]:
+    with user_errors("command line", UserError):
+        given, unknown = _parse_given(parser, argv)
+    if unknown:
+        raise UserError(
+            f"command line: {unknown[0]} is not an option{_close_matches(unknown[0].lstrip('-').split('=')[0])}"
+        )
+    file = given.pop("recipe", None)
+    return (None if file is None else Path(file)), given
+
+
+def _parse_given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Values, list[str]]:
+    """Parse without filling in defaults: what is in the result was really written."""
+    missing = object()
+    names = ("recipe", *(name for arguments in CLASSES for name in field_types(arguments)))
+    namespace, unknown = parser.parse_known_args(list(argv), argparse.Namespace(**dict.fromkeys(names, missing)))
+    return {name: value for name, value in vars(namespace).items() if value is not missing}, unknown
+
+
+def read_yaml(parser: argparse.ArgumentParser, file: Path) -> Values:
+    """Return the values of a YAML file, each as the type that its field has.
+
+    Raises:
+        UserError: naming the file, and the key that is unknown, written twice or of the wrong type.
+    """
+    kinds = {name: kind for arguments in CLASSES for name, kind in field_types(arguments).items()}
+    values: Values = {}
+    for key, value in _load_mapping(file).items():
+        if key not in kinds:
+            raise UserError(f"recipe {file}: {key!r} is not a known key{_close_matches(str(key))}")
+        with user_errors(f"recipe {file}: key {key!r}", UserError):
+            values[key] = _convert(parser, key, value, kinds[key])
+    return values
+
+
+def _load_mapping(file: Path) -> Mapping[Any, Any]:
+    with user_errors(f"recipe {file}", (OSError, UnicodeDecodeError, yaml.YAMLError)):
+        text = file.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"recipe {file}: it must be a mapping of keys to values, such as 'learning_rate: 3e-5'")
+    keys = [key.value for key, _ in root.value]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise UserError(f"recipe {file}: {twice!r} is written twice")
+    return dict(content)
+
+
+def _convert(parser: argparse.ArgumentParser, key: str, value: Any, kinds: tuple[type, ...]) -> Any:
+    """Return a YAML value as the field's type, by the command line's rules: YAML itself reads 3e-5 as text."""
+    if key == "resume_from_checkpoint" and isinstance(value, bool):
+        return "true" if value else None
+    if type(value) in kinds and not isinstance(value, str):
+        return value
+    if value is None or isinstance(value, (bool, list, dict)):
+        raise UserError(_wrong_kind(value, kinds))
+    given, _ = _parse_given(parser, [f"--{key}={value}"])
+    return given[key]
+
+
+def _wrong_kind(value: Any, kinds: tuple[type, ...]) -> str:
+    if isinstance(value, bool) and not {int, float} & set(kinds):
+        return "YAML reads yes, no, on and off as true and false; write the value in quotes"
+    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not type(None))
+    return f"it is {'empty' if value is None else f'a {type(value).__name__}'}, but must be {wanted}"
+
+
+def _close_matches(name: str) -> str:
+    known = [key for arguments in CLASSES for key in field_types(arguments)]
+    close = difflib.get_close_matches(name.replace("-", "_"), known, n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return YAML that repeats the run: what was given, and every option of ours with the value it had."""
+    values = {k: v for k, v in recipe.given.items() if k not in SECRETS}
+    for arguments in (recipe.run, recipe.model, recipe.data, recipe.mbp):
+        values.update(dataclasses.asdict(arguments))
+    for key in ("train_file", "validation_file"):
+        if values[key] is not None:  # the file that was read, wherever the saved recipe is used
+            values[key] = str(resolve_file(values[key], recipe.folder))
+    for key in ("overwrite_output_dir", "resume_from_checkpoint", "debug_traceback"):
+        values.pop(key, None)  # they are about one start of the script, not about the run
+    return str(yaml.safe_dump({k: v for k, v in values.items() if v is not None}, sort_keys=False, allow_unicode=True))

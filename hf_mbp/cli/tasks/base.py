@@ -1,0 +1,47 @@
+"""What every task returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from datasets import Dataset
+from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_mbp.cli.arguments import DataArguments, ModelArguments
+from hf_mbp.cli.data import Splits
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSetup:
+    """A model with the tokenized rows to train and evaluate it on, and how to measure it.
+
+    ``compute_metrics`` should return ``mean_loss``, too: the loss averaged over all that the evaluation set has of
+    what the loss counts.
+    """
+
+    model: PreTrainedModel
+    train: Dataset
+    validation: Dataset | None
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    preprocess_logits_for_metrics: Callable[[Any, Any], Any]
+
+
+class Prepare(Protocol):
+    """The signature of a task."""
+
+    def __call__(
+        self,
+        splits: Splits,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PreTrainedConfig,
+        model_arguments: ModelArguments,
+        data_arguments: DataArguments,
+    ) -> TaskSetup:
+        """Check columns, tokenize, load the model.
+
+        Raises:
+            UserError: the data do not fit the task.
+        """

@@ -1,0 +1,73 @@
+"""Tokenized rows: cut but never padded, and what the user should know of their lengths."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset
+from transformers import BatchEncoding
+
+from hf_mbp.cli.errors import UserError, say
+
+Batch = dict[str, list[Any]]
+# Column that a task's encoder adds: whether the row was longer than the limit.
+CUT = "was_cut"
+
+
+def encode_rows(
+    rows: Dataset, encode: Callable[[Batch], Batch], *, name: str, limit: int | None, workers: int | None
+) -> Dataset:
+    """Replace a data set's columns with those that ``encode`` returns, say how long the rows are and how many were cut.
+
+    ``encode`` may return fewer rows than it was given: those without anything to learn from.
+    """
+    encoded = rows.map(
+        encode, batched=True, remove_columns=rows.column_names, num_proc=workers, desc=f"tokenizing {name} rows"
+    )
+    if len(encoded) == 0:
+        raise UserError(
+            f"none of the {len(rows)} {name} rows has anything to learn from; look at the columns and max_length"
+        )
+    lengths = row_lengths(encoded)
+    line = (
+        f"{name}: {len(encoded):,} rows, tokens a row: median {statistics.median(lengths):.0f}, longest {max(lengths)}"
+    )
+    if num_cut := sum(encoded[CUT]):
+        line += f"; {num_cut:,} rows cut after {limit} tokens (max_length)"
+    if len(encoded) < len(rows):
+        line += f"; {len(rows) - len(encoded):,} rows left out, which have nothing to learn from within {limit} tokens"
+    say(line)
+    return encoded.remove_columns(CUT)
+
+
+def rows_cut(encoded: BatchEncoding, limit: int | None) -> list[bool]:
+    """Return which rows the tokenizer has truncated."""
+    if encoded.encodings is None:
+        # a tokenizer in Python does not say; rows that just fit are counted, too
+        return [len(ids) == limit for ids in encoded["input_ids"]]
+    return [bool(encoding.overflowing) for encoding in encoded.encodings]
+
+
+def row_lengths(rows: Dataset) -> list[int]:
+    """Return the number of tokens of each row."""
+    return [len(ids) for ids in rows.with_format("arrow")["input_ids"].to_pylist()]
+
+
+def longest_first(rows: Dataset) -> Dataset:
+    """Return the rows by length: evaluation then pads almost nothing, and its metrics do not see the order."""
+    lengths = row_lengths(rows)
+    return rows.select(sorted(range(len(rows)), key=lambda index: -lengths[index]))
+
+
+def texts(batch: Batch, column: str) -> list[str]:
+    """Return a column of a batch.
+
+    Raises:
+        UserError: a value that is not text.
+    """
+    for value in batch[column]:
+        if not isinstance(value, str):
+            raise UserError(f"column {column!r} must hold text, but has {value!r}")
+    return batch[column]

@@ -1,0 +1,28 @@
+"""MBPTrainer, with an evaluation loss that is a mean over the whole evaluation set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_mbp.trainer import MBPTrainer
+
+# Key under which compute_metrics returns the loss that is to be reported.
+MEAN_LOSS = "mean_loss"
+
+
+class FinetuneTrainer(MBPTrainer):
+    """Reports the evaluation loss that ``compute_metrics`` returns as ``mean_loss``.
+
+    The stock loop averages the batches' means, each with the same weight: the last, smaller batch and, for language
+    models, the batches of short rows weigh too much, and the number changes with the batch size.
+    """
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Run the stock loop, then put the exact loss in the place of its own."""
+        output = super().evaluation_loop(*args, **kwargs)
+        metrics = output.metrics or {}
+        for key in [key for key in metrics if key.endswith(f"_{MEAN_LOSS}")]:
+            metrics[key.removesuffix(MEAN_LOSS) + "loss"] = metrics.pop(key)
+        return output

@@ -1,0 +1,69 @@
+"""Whose folder it is, and where to go on."""
+
+from pathlib import Path
+
+import pytest
+
+from hf_mbp.cli.errors import UserError
+from hf_mbp.cli.output import delete_run, find_checkpoint, refuse_other_run
+
+
+@pytest.mark.parametrize("trace", ["recipe.yaml", "checkpoint-3", "all_results.json", "trainer_state.json"])
+def test_an_earlier_run_is_not_overwritten_by_accident(tmp_path: Path, trace: str) -> None:
+    (tmp_path / trace).mkdir()
+    with pytest.raises(
+        UserError,
+        match=rf"{tmp_path} holds an earlier run \({trace}\); .*--overwrite_output_dir .*--resume_from_checkpoint",
+    ):
+        refuse_other_run(tmp_path, overwrite=False, resuming=False)
+    refuse_other_run(tmp_path, overwrite=True, resuming=False)
+    refuse_other_run(tmp_path, overwrite=False, resuming=True)
+
+
+def test_other_folders_are_fine(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    refuse_other_run(tmp_path, overwrite=False, resuming=False)
+    refuse_other_run(tmp_path / "new", overwrite=False, resuming=False)
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file; name a folder"):
+        refuse_other_run(tmp_path / "file", overwrite=True, resuming=False)
+
+
+def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("recipe.yaml", "loss.png", "train_results.json", "notes.txt"):
+        (tmp_path / name).touch()
+    for name in ("checkpoint-1", "data"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    delete_run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "notes.txt"]
+    delete_run(tmp_path / "not there yet")
+
+
+class TestFindCheckpoint:
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> Path:
+        for step in (9, 10):
+            (tmp_path / f"checkpoint-{step}").mkdir()
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+        return tmp_path
+
+    @pytest.mark.parametrize("wanted", ["last", "true", "True"])
+    def test_last(self, run: Path, wanted: str) -> None:
+        assert find_checkpoint(wanted, run) == run / "checkpoint-10"
+
+    def test_path(self, run: Path) -> None:
+        assert find_checkpoint(str(run / "checkpoint-9"), run / "elsewhere") == run / "checkpoint-9"
+
+    @pytest.mark.parametrize("wanted", [None, "false"])
+    def test_none(self, run: Path, wanted: str | None) -> None:
+        assert find_checkpoint(wanted, run) is None
+
+    def test_mistakes(self, run: Path) -> None:
+        with pytest.raises(UserError, match=r"'last', but output_dir .*new has no checkpoint-\* folder"):
+            find_checkpoint("last", run / "new")
+        with pytest.raises(UserError, match="nowhere is not a checkpoint of the Trainer"):
+            find_checkpoint("nowhere", run)
