@@ -40,7 +40,7 @@ SPAM_MAX_CHARACTERS = 20_000
 SPAM_MIN_CHARACTERS = 20
 # Two e-mails are the same when this share of their five-word runs is common: newsletters and spam are sent again with
 # another date or address, and such a pair must not straddle the split.
-NEAR_DUPLICATE = 0.5
+NEAR_DUPLICATE = 0.7
 SHINGLE_WORDS = 5
 
 Row = dict[str, str]
