@@ -61,10 +61,10 @@ def weighted_loss(trainer: Any, weight: float, num_items: float) -> Iterator[Non
     losses it divides differs between versions and between models, so the weight goes to the loss itself and the
     divisor is 1. `average_tokens_across_devices` would multiply by the number of processes.
     """
-    compute_loss = trainer.compute_loss
+    compute_loss, count = trainer.compute_loss, items_argument(trainer, num_items)
 
     def weighted(*args: Any, **kwargs: Any) -> Any:
-        result = compute_loss(*args, **{**kwargs, "num_items_in_batch": items_argument(trainer, num_items)})
+        result = compute_loss(*args, **{**kwargs, "num_items_in_batch": count})
         return (result[0] * weight, *result[1:]) if isinstance(result, tuple) else result * weight
 
     with (
@@ -78,10 +78,12 @@ def items_argument(trainer: Any, num_items: float) -> torch.Tensor | None:
     """What `compute_loss` gets as `num_items_in_batch`.
 
     `None`, so that every head returns its own mean; the micro-batch's own count, which gives the same mean, if the
-    user's code may want to divide by it.
+    user's code may want to divide by it; 1 for a micro-batch of weight zero, which has none.
     """
-    is_users_loss = trainer.compute_loss_func is not None or type(trainer).compute_loss is not Trainer.compute_loss
-    return torch.tensor(num_items, device=trainer.args.device) if is_users_loss else None
+    is_overridden = type(trainer).compute_loss is not Trainer.compute_loss or "compute_loss" in vars(trainer)
+    if trainer.compute_loss_func is None and not is_overridden:
+        return None
+    return torch.tensor(num_items or 1, device=trainer.args.device)
 
 
 def prepare_inputs(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -160,15 +162,16 @@ def accepts(model: torch.nn.Module, argument: str) -> bool:
     return argument in inspect.signature(base.forward).parameters
 
 
-def is_regression(model: torch.nn.Module) -> bool:
+def is_regression(model: torch.nn.Module, labels: Any) -> bool:
     """Whether the labels of a sequence classifier are numbers and not classes, so that -100 is a target like others.
 
-    As `ForSequenceClassificationLoss` decides it.
+    As `ForSequenceClassificationLoss` decides it; one label a row, because a language model may have `num_labels`, too.
     """
     config = getattr(model, "config", None)
     problem = getattr(config, "problem_type", None)
     if problem is None:
-        return getattr(config, "num_labels", None) == 1
+        is_one_a_row = isinstance(labels, torch.Tensor) and labels.numel() == len(labels)
+        return getattr(config, "num_labels", None) == 1 and is_one_a_row
     return problem in ("regression", "multi_label_classification")
 
 

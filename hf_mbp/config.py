@@ -49,6 +49,8 @@ memory_limit="20GiB", or memory_limit=0.8 for 80 % of the memory.
     def __post_init__(self) -> None:
         if self.max_tokens_per_micro_batch is not None:
             check_max_tokens(self.max_tokens_per_micro_batch, "max_tokens_per_micro_batch")
+            # A NumPy integer would not go into the JSON of a checkpoint.
+            object.__setattr__(self, "max_tokens_per_micro_batch", int(self.max_tokens_per_micro_batch))
         parse_memory_limit(self.memory_limit)
         if self.on_inexact not in ON_INEXACT:
             raise ValueError(f"on_inexact={self.on_inexact!r} is unknown. Write one of {', '.join(ON_INEXACT)}.")

@@ -1,9 +1,9 @@
 """Checks on the user's own model, loss and rows that the split gradient is the whole one, and explains if it is not."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from math import isfinite
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ HALF_PRECISION_TOLERANCE = 0.1
 SMALL_GRADIENT = 1e-3
 """A parameter whose gradient is a thousandth of the largest is compared with that: some, as the bias of attention
 keys, have none but rounding."""
+
+
+CLEARLY_LONGER = 1.5
+"""Ratio of lengths from which padding takes a visible part of the shorter row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,9 @@ def check_equivalence(trainer: Any, num_rows: int = 8) -> EquivalenceReport:
             "check_equivalence needs the whole model on each rank, and FSDP and DeepSpeed shard it. Run the check "
             "once in one process without them."
         )
-    return compare(trainer, trainer.mbp_feed.sample(num_rows * 8), num_rows)
+    with undisturbed(trainer.model):
+        rows = trainer.mbp_feed.sample(num_rows * 8)
+    return compare(trainer, rows, num_rows)
 
 
 def compare(trainer: Any, rows: list[Any], num_rows: int) -> EquivalenceReport:
@@ -127,9 +133,7 @@ class _Comparison:
     def __init__(self, trainer: Any, rows: list[Any], num_rows: int) -> None:
         self.trainer = trainer
         self.parameters = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
-        by_length = sorted(rows, key=lambda row: int(trainer.mbp_feed.sizes([row]).sum()))
-        with_items = (row for row in by_length if self.items(*trainer.mbp_feed.collate([[row]])) > 0)
-        self.rows = list(islice(with_items, num_rows))[::-1]
+        self.rows = self._telling_rows(rows, num_rows)
         if len(self.rows) < 2:
             raise NothingToCompareError(
                 f"a split needs two rows with something to learn to compare; of {len(rows)} rows, "
@@ -143,6 +147,31 @@ class _Comparison:
         self.is_random = self.is_dense and not _same(self.whole, again)
         self.parts = self.collate(self.groups)
 
+    def _telling_rows(self, rows: list[Any], num_rows: int) -> list[Any]:
+        """Short rows with items, the longest first, as unlike each other as there are.
+
+        Rows of one length and one class would pass with any count and any padding. So there is one of each length and
+        label before any comes twice, and one that is clearly longer than the others.
+        """
+        lengths = {id(row): int(self.trainer.mbp_feed.sizes([row]).sum()) for row in rows}
+        by_length = sorted(rows, key=lambda row: lengths[id(row)])
+        with_items = [row for row in by_length if self.items(*self.trainer.mbp_feed.collate([[row]])) > 0]
+        firsts: list[Any] = []
+        seconds: list[Any] = []
+        seen = set()
+        for row in with_items:
+            kind = (lengths[id(row)], repr(_labels_of(row)))
+            (seconds if kind in seen else firsts).append(row)
+            seen.add(kind)
+        labels = {repr(_labels_of(row)): row for row in reversed(firsts)}  # the shortest of each label
+        chosen = [*list(labels.values())[: num_rows // 2], *firsts, *seconds]
+        telling = list({id(row): row for row in chosen}.values())[:num_rows]
+        longest = max((lengths[id(row)] for row in telling), default=0)
+        longer = [row for row in with_items if lengths[id(row)] >= CLEARLY_LONGER * longest]
+        if longer and len(telling) > 2:
+            telling[-1] = longer[0]
+        return sorted(telling, key=lambda row: lengths[id(row)], reverse=True)
+
     def collate(self, groups: list[list[int]]) -> list[Inputs]:
         """Groups of rows by the user's collator, or, if that draws random numbers, cut out of the whole."""
         if self.is_random:
@@ -151,7 +180,7 @@ class _Comparison:
         return collated
 
     def items(self, inputs: Inputs) -> float:
-        return float(self.trainer.num_items(inputs))
+        return float(self.trainer.mbp_feed.num_items(inputs))
 
     def loss(self, inputs: Inputs) -> torch.Tensor:
         return loss_of(self.trainer, inputs, self.items(inputs))
@@ -197,6 +226,12 @@ class _Comparison:
         return max((TOLERANCE[dtype] for dtype in dtypes), default=TOLERANCE[torch.float32])
 
 
+def _labels_of(row: Any) -> Any:
+    """The label of a row if it is one value; rows with a label a token differ anyway."""
+    values = row.items() if isinstance(row, Mapping) else ()
+    return [value for key, value in values if "label" in str(key) and getattr(value, "__len__", None) is None]
+
+
 def _same(one: Inputs, other: Inputs) -> bool:
     return all(
         value.shape == other[key].shape and bool((value == other[key]).all())
@@ -206,19 +241,33 @@ def _same(one: Inputs, other: Inputs) -> bool:
 
 
 def _relative_error(whole: list[torch.Tensor], split: list[torch.Tensor]) -> float:
-    norms = [float(vector_norm(gradient, dtype=torch.float64)) for gradient in whole]
-    errors = [float(vector_norm(a - b, dtype=torch.float64)) for a, b in zip(whole, split, strict=True)]
+    norms = [_norm(gradient) for gradient in whole]
+    errors = [_norm(a - b) for a, b in zip(whole, split, strict=True)]
     floor = max(max(norms, default=0.0) * SMALL_GRADIENT, torch.finfo(torch.float64).tiny)
     worst = max((error / max(norm, floor) for error, norm in zip(errors, norms, strict=True)), default=0.0)
     return worst if worst == worst else float("inf")  # not a number is no agreement
 
 
+def _norm(gradient: torch.Tensor) -> float:
+    dtype = torch.float32 if gradient.device.type == "mps" else torch.float64  # Apple's GPUs know no float64
+    return float(vector_norm(gradient, dtype=dtype))
+
+
 def explain(comparison: _Comparison) -> list[str]:
     """What makes splitting inexact, and what to do; each suspect is tried on the user's own rows."""
-    if finding := _batch_norm(comparison):
-        return [finding]  # the others run single rows, which it cannot
+    if finding := _not_a_number(comparison) or _batch_norm(comparison):
+        return [finding]  # the others would only be misled, or run single rows
     suspects: list[Callable[[_Comparison], str | None]] = [_router_loss, _padding_width, _reduction]
     return [finding for suspect in suspects if (finding := suspect(comparison))]
+
+
+def _not_a_number(comparison: _Comparison) -> str | None:
+    if isfinite(comparison.value(comparison.whole)):
+        return None
+    return (
+        "The loss of these rows is not a finite number, split or not. Look for weights that are not finite, and for "
+        "labels that the loss cannot take."
+    )
 
 
 def _batch_norm(comparison: _Comparison) -> str | None:

@@ -1,5 +1,6 @@
 """Feeds a trainer: turns the batches of an optimizer step into micro-batches, knowing its model, data and options."""
 
+import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -36,12 +37,14 @@ class Feed:
         self._budget: Budget | None = None
         self._cost: Cost | None = None
         self._loss_shifts: bool | None = None
+        self._positions_from_zero: bool | None = None
         self._filler: MicroBatch | None = None
         self._has_warned: set[str] = set()
 
     def restart(self) -> None:
         """Forgets what was found out about the model, data and memory; a new run of training finds it out again."""
-        self._budget, self._cost, self._loss_shifts, self._filler = None, None, None, None
+        self._budget, self._cost, self._filler = None, None, None
+        self._loss_shifts, self._positions_from_zero = None, None
         self.report.restart()
 
     def micro_batches(self, batches: list[Any]) -> list[MicroBatch]:
@@ -63,6 +66,7 @@ class Feed:
 
     def collate(self, groups: list[list[Any]]) -> list[Inputs]:
         """Each group of rows, padded by the user's collator; all to one width where the loss needs that."""
+        groups = [[copy.copy(row) for row in group] for group in groups]  # collators may take things out of them
         if len(groups) > 1 and _need_one_width(groups[0]):
             whole = dict(self.trainer.data_collator(list(chain.from_iterable(groups))))
             ends = accumulate(map(len, groups), initial=0)
@@ -94,11 +98,28 @@ class Feed:
             self._loss_shifts = probe.loss_shifts_labels(self.trainer, inputs)
         return self._loss_shifts
 
+    def num_items(self, inputs: Inputs) -> float:
+        """What the trainer's `num_items` says, which users may override.
+
+        Raises:
+            ValueError: it is not a number of items.
+        """
+        count = self.trainer.num_items(inputs)
+        if not isinstance(count, (int, float)) or not count >= 0:
+            raise ValueError(f"num_items(micro_batch) must return a number that is not negative, got {count!r}.")
+        return count
+
     def _settled(self, inputs: Inputs) -> Inputs:
         if not padding.is_left_padded(inputs) or not items.has_token_labels(inputs) or not self.shifts_labels(inputs):
             return inputs
-        has_positions = compat.accepts(self.trainer.model, "position_ids")
-        return padding.settle_left_padding(inputs, add_position_ids=has_positions)
+        return padding.settle_left_padding(inputs, add_position_ids=self._counts_positions_from_zero(inputs))
+
+    def _counts_positions_from_zero(self, inputs: Inputs) -> bool:
+        """Whether positions given as 0, 1, ... mean to the model what none given mean for an unpadded row."""
+        if self._positions_from_zero is None:
+            has_positions = compat.accepts(self.trainer.model, "position_ids")
+            self._positions_from_zero = has_positions and probe.counts_positions_from_zero(self.trainer, inputs)
+        return self._positions_from_zero
 
     def _has_targets(self) -> bool:
         return bool(getattr(getattr(self.trainer.model, "config", None), "is_encoder_decoder", False))
@@ -118,7 +139,7 @@ class Feed:
         max_tokens = self._warn_of_long_rows(budget, int(sizes.sum(axis=1).max()))
         is_first_step, cost = self._cost is None, self._cost_of_model()
         check = self._check(rows) if is_first_step else ""
-        functions = RowFunctions(collate=self.collate, num_items=self.trainer.num_items, num_cells=self._num_cells)
+        functions = RowFunctions(collate=self.collate, num_items=self.num_items, num_cells=self._num_cells)
         with collate.seeded(self.trainer.args.seed, self.trainer.state.global_step, self.trainer.args.process_index):
             micro_batches = split_mini_batch(
                 rows, sizes, budget=budget, cost=cost, functions=functions, ranks=self.ranks
@@ -130,11 +151,16 @@ class Feed:
 
     def _ready_made(self, batch: Any) -> MicroBatch:
         """A batch of the user's own loader: one micro-batch, as it is."""
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"get_train_dataloader returned a batch of type {type(batch).__name__}: a batch must be a dictionary "
+                "of the model's inputs. Return one from your collator, or build on super().get_train_dataloader()."
+            )
         cells = self._num_cells(batch)
         return MicroBatch(
-            inputs=batch,
+            inputs=dict(batch),
             num_rows=collate.num_rows_of(batch),
-            num_items=self.trainer.num_items(batch),
+            num_items=self.num_items(dict(batch)),
             cells=cells,
             tokens=cells,
         )
@@ -172,10 +198,23 @@ class Feed:
             options = {"max_tokens": config.max_tokens_per_micro_batch, "memory_limit": config.memory_limit}
             states = self.trainer.state.stateful_callbacks
             kept = states.get(STATE_KEY)
-            is_resumed = bool(kept) and kept["options"] == options
-            self._budget = Budget(**kept["budget"]) if is_resumed else self._new_budget(rows, sizes)
+            self._budget = self._kept_budget(kept["budget"]) if kept and kept["options"] == options else None
+            self._budget = self._budget or self._new_budget(rows, sizes)
             states[STATE_KEY] = {"options": options, "budget": asdict(self._budget)}
         return self._budget
+
+    def _kept_budget(self, kept: dict[str, Any]) -> Budget | None:
+        """The budget of the run that is resumed, unless it was made where there was more memory."""
+        budget, free = Budget(**kept), memory.free_memory(self.trainer.args.device)
+        if self.ranks.lowest(free) >= (budget.max_bytes or 0):
+            return budget
+        self._warn_once(
+            "less memory",
+            f"The checkpoint was made with {memory.format_bytes(budget.max_bytes or 0)} for activations, more than the "
+            f"{memory.format_bytes(free)} that are free now: the budget is sized anew, so the run will not repeat the "
+            "earlier one bit for bit.",
+        )
+        return None
 
     def _new_budget(self, rows: list[Any], sizes: Ints) -> Budget:
         config = self.trainer.mbp_config
@@ -206,6 +245,8 @@ class Feed:
         if report is None:
             return outcome
         verdict = "Checked to be exact" if is_exact else "NOT exact"
+        if is_exact and report.tolerance == equivalence.HALF_PRECISION_TOLERANCE:
+            verdict = "Checked as far as half precision can tell"
         return f"{verdict}: split and whole gradient differ by {report.max_relative_error:.1g}."
 
 

@@ -42,15 +42,16 @@ def has_token_labels(inputs: Inputs) -> bool:
 
 
 def shift_probes(inputs: Inputs) -> tuple[Inputs, Inputs]:
-    """Two one-row micro-batches that only a loss which does not shift its labels can tell apart.
+    """Two micro-batches that only a loss which does not shift its labels can tell apart.
 
-    The first has no label at all, the second one in column 0 only.
+    The first has no labels in column 0, the second has: those that stand there, or else another label of the row.
     """
-    row = {key: value[:1] if isinstance(value, torch.Tensor) and value.ndim else value for key, value in inputs.items()}
-    none = torch.full_like(row["labels"], IGNORE_INDEX)
-    first = none.clone()
-    first[..., 0] = row["labels"].clamp(min=0).amax()
-    return {**row, "labels": none}, {**row, "labels": first}
+    labels = inputs["labels"]
+    without, with_first = labels.clone(), labels.clone()
+    without[..., 0] = IGNORE_INDEX
+    if not bool((labels[..., 0] != IGNORE_INDEX).any()):
+        with_first[..., 0] = labels.clamp(min=0).amax(dim=-1)
+    return {**inputs, "labels": without}, {**inputs, "labels": with_first}
 
 
 def with_an_item(inputs: Inputs) -> Inputs:

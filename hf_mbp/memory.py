@@ -1,8 +1,7 @@
 """Sizes the budget of a micro-batch: what memory there is, and what a micro-batch of the user's model needs."""
 
-import os
 import re
-import resource
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from hf_mbp.plan import Budget
+
+if sys.platform != "win32":
+    import resource
 
 DEFAULT_FRACTION = 0.9
 """Share of the free memory that is used when no limit is named; the rest is for what is not ours to count."""
@@ -88,7 +90,9 @@ def free_memory(device: torch.device) -> int:
 
 def _process_limits() -> list[tuple[int, int]]:
     """(limit, used) in bytes for each limit that holds for this process and not for the machine."""
-    limits = []
+    limits: list[tuple[int, int]] = []
+    if sys.platform == "win32":
+        return limits
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if address_space != resource.RLIM_INFINITY:
         limits.append((address_space, int(psutil.Process().memory_info().vms)))
@@ -237,6 +241,6 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes this process has held on the device so far; for a CPU, its peak resident size; 0 where unknown."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    if device.type == "cpu" and os.uname().sysname == "Linux":
+    if device.type == "cpu" and sys.platform == "linux":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return 0

@@ -38,14 +38,40 @@ def trim(inputs: Inputs) -> Inputs:
     }
 
 
-def cut_columns(inputs: Inputs, fraction: float) -> Inputs:
-    """The first `fraction` of the columns of all that holds tokens: integer tensors of two and more dimensions."""
-    return {
-        key: value[..., : max(1, round(value.shape[-1] * fraction))].contiguous()
-        if isinstance(value, torch.Tensor) and value.ndim > 1 and not value.is_floating_point()
-        else value
+def without_padding(inputs: Inputs) -> Inputs:
+    """The last row alone, unpadded, its last token made a label, so that it has a loss."""
+    num_rows = len(inputs["attention_mask"])
+    row = {
+        key: value[-1:] if isinstance(value, torch.Tensor) and value.ndim and len(value) == num_rows else value
         for key, value in inputs.items()
     }
+    row = trim(row)
+    labels = row["labels"].clone()
+    labels[:, -1] = labels.clamp(min=0)[:, -1]
+    return {**row, "labels": labels}
+
+
+def cut_columns(inputs: Inputs, width: int) -> Inputs:
+    """Rows cut to `width` tokens: the first ones and the last, which some models look for.
+
+    Cut is what has as many columns as `input_ids`.
+    """
+    token_ids = inputs.get("input_ids")
+    if not isinstance(token_ids, torch.Tensor) or token_ids.shape[-1] <= width:
+        return inputs
+    full = token_ids.shape[-1]
+    kept = [*range(width - 1), full - 1]
+    return {key: _cut(value, full, kept) for key, value in inputs.items()}
+
+
+def _cut(value: Any, full: int, kept: list[int]) -> Any:
+    if not isinstance(value, torch.Tensor) or value.ndim < 2:
+        return value
+    if _has_columns(value, full):
+        return value[:, kept].contiguous()
+    if value.shape[-1] == full and not value.is_floating_point():
+        return value[..., kept].contiguous()
+    return value
 
 
 def with_padding(inputs: Inputs) -> Inputs:

@@ -3,14 +3,18 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import isnan
+from math import isclose, isnan
 from typing import Any
 
 import torch
 
 from hf_mbp import compat
 from hf_mbp.collate import Inputs, seeded
-from hf_mbp.items import shift_probes
+from hf_mbp.items import count_items, shift_probes
+from hf_mbp.padding import without_padding
+
+ROUNDING = 1e-6
+"""Relative difference of two losses that a device may make of one; a label more makes a larger one."""
 
 
 @contextmanager
@@ -55,6 +59,7 @@ def loss_of(trainer: Any, inputs: Inputs, num_items: float) -> torch.Tensor:
     """The mean loss of one micro-batch, as the training step computes it, of the model without wrappers."""
     with (
         kept_metrics(trainer),
+        compat.replaced(trainer, log=lambda *_, **__: None),
         compat.weighted_loss(trainer, 1.0, num_items),
         trainer.compute_loss_context_manager(),
     ):
@@ -86,4 +91,16 @@ def loss_shifts_labels(trainer: Any, inputs: Inputs) -> bool:
     with undisturbed(trainer.model), torch.no_grad():
         trainer.model.eval()
         without, with_first = (float(loss_of(trainer, probe, num_items=1)) for probe in shift_probes(inputs))
-    return without == with_first or (isnan(without) and isnan(with_first))
+    return isclose(without, with_first, rel_tol=ROUNDING) or (isnan(without) and isnan(with_first))
+
+
+def counts_positions_from_zero(trainer: Any, inputs: Inputs) -> bool:
+    """Whether the model places an unpadded row at the positions 0, 1, ...; some start elsewhere, or number images."""
+    unpadded = without_padding(inputs)
+    positions = torch.arange(unpadded["input_ids"].shape[-1]).expand_as(unpadded["input_ids"])
+    num_items = max(1, count_items(unpadded, shifts=True))
+    with undisturbed(trainer.model), torch.no_grad():
+        trainer.model.eval()
+        probes = (unpadded, {**unpadded, "position_ids": positions})
+        plain, placed = (float(loss_of(trainer, probe, num_items)) for probe in probes)
+    return isclose(plain, placed, rel_tol=ROUNDING)

@@ -102,7 +102,7 @@ def _measure(trainer: Any, row: Any, length: int, width: int) -> tuple[int, int,
     num_rows = min(most, max(fewest, -(-PROBE_CELLS // width)))
     (inputs,) = trainer.mbp_feed.collate([[row] * num_rows])
     if num_rows_of(inputs) == num_rows:
-        inputs = with_padding(cut_columns(inputs, width / length))
+        inputs = with_padding(cut_columns(inputs, width))
     else:  # rows laid end to end cannot be cut
         width = length
     for parameter in trainer.model.parameters():

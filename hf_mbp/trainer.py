@@ -76,7 +76,8 @@ class MBPMixin(_Base):
         """
         inputs = dict(micro_batch)
         shifts = items.has_token_labels(inputs) and "shift_labels" not in inputs and self.mbp_feed.shifts_labels(inputs)
-        return items.count_items(inputs, shifts=shifts, is_regression=compat.is_regression(self.model))
+        is_regression = compat.is_regression(self.model, inputs.get("labels"))
+        return items.count_items(inputs, shifts=shifts, is_regression=is_regression)
 
     def row_length(self, row: Any) -> int:
         """Tokens of a row of the data set: of its `input_ids`, or 1. Override it where the size is elsewhere."""

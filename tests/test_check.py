@@ -261,3 +261,22 @@ def test_rows_without_items_are_not_taken_for_exact(tmp_path: Path, capsys: pyte
     with pytest.warns(UserWarning, match="nothing to learn from"):
         trainer.train()
     assert "Exactness was not checked" in capsys.readouterr().out
+
+
+def test_short_rows_that_are_all_alike_do_not_hide_what_is_wrong(tmp_path: Path) -> None:
+    """The eight shortest rows have one length and one class, with which any count and any padding would pass."""
+    alike = [{"input_ids": [7, 8, 9], "attention_mask": [1] * 3, "labels": 0}] * 20
+    rows = alike + with_labels(token_rows(low=12), lambda index, row: index % 3)
+    weighted = check_equivalence(mbp_trainer(classifier(), rows, tmp_path, trainer_class=ClassWeighted))
+    assert not weighted.is_exact
+    left = check_equivalence(mbp_trainer(classifier(), rows, tmp_path, data_collator=Pad(side="left")))
+    assert not left.is_exact
+
+
+def test_a_loss_that_is_no_number_is_named(tmp_path: Path) -> None:
+    model = classifier()
+    with torch.no_grad():
+        model.classifier.weight.fill_(float("nan"))
+    report = check_equivalence(mbp_trainer(model, classes(), tmp_path))
+    assert not report.is_exact
+    assert "not a finite number" in report.findings[0]

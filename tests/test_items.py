@@ -122,13 +122,12 @@ def test_token_labels_are_integers_of_two_dimensions(labels: Any, has_tokens: bo
 def test_probes_differ_for_a_loss_that_does_not_shift_and_only_for_it(table: list[list[int]]) -> None:
     without, with_first = shift_probes({"labels": torch.tensor(table)})
     for probe in (without, with_first):
-        assert probe["labels"].shape == (1, len(table[0]))
-        assert len(losses(probe["labels"], shifts=True)) == 0
-    assert len(losses(without["labels"], shifts=False)) == 0
-    assert isfinite(mean_loss(with_first["labels"], shifts=False))
+        assert probe["labels"][:, 1:].tolist() == [row[1:] for row in table]
+    assert losses(without["labels"], shifts=True) == losses(with_first["labels"], shifts=True)
+    assert losses(without["labels"], shifts=False) != losses(with_first["labels"], shifts=False)
 
 
-def test_probes_are_one_row_of_the_inputs() -> None:
+def test_probes_differ_from_the_inputs_in_the_first_column_only() -> None:
     inputs = {
         "input_ids": torch.arange(6).view(2, 3),
         "labels": torch.full((2, 3), 4),
@@ -136,11 +135,12 @@ def test_probes_are_one_row_of_the_inputs() -> None:
         "name": "x",
     }
     for probe in shift_probes(inputs):
-        assert probe["input_ids"].tolist() == [[0, 1, 2]]
+        assert probe["input_ids"] is inputs["input_ids"]
         assert probe["scale"] is inputs["scale"]
         assert probe["name"] == "x"
     assert inputs["labels"].tolist() == [[4, 4, 4], [4, 4, 4]]
-    assert shift_probes(inputs)[1]["labels"].tolist() == [[4, -100, -100]]
+    assert shift_probes(inputs)[0]["labels"].tolist() == [[-100, 4, 4]] * 2
+    assert shift_probes(inputs)[1]["labels"].tolist() == [[4, 4, 4]] * 2
 
 
 # with_an_item

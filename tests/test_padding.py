@@ -95,26 +95,30 @@ def test_trim_leaves_what_is_not_as_wide() -> None:
 # cut_columns
 
 
-def test_cut_keeps_the_first_columns_of_what_holds_tokens() -> None:
+def test_cut_keeps_the_first_columns_and_the_last_of_what_holds_tokens() -> None:
     inputs = {
         "input_ids": torch.arange(20).view(2, 10),
         "mask": torch.ones(2, 10, dtype=torch.bool),
         "choices": torch.arange(40).view(2, 2, 10),
+        "boxes": torch.arange(80).view(2, 10, 4),
+        "classes": torch.tensor([[1, 0, 1]] * 2),
         "labels": torch.tensor([7, 8]),
         "targets": torch.tensor([[0.5, 0.25, 0.125]] * 2),
         "scale": torch.tensor(2.0),
         "name": "x",
     }
-    cut = cut_columns(inputs, 0.4)
-    assert cut["input_ids"].tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
+    cut = cut_columns(inputs, 4)
+    assert cut["input_ids"].tolist() == [[0, 1, 2, 9], [10, 11, 12, 19]]
+    assert cut["boxes"].shape == (2, 4, 4)
     assert cut["mask"].shape == (2, 4)
-    assert cut["choices"][:, 1].tolist() == [[10, 11, 12, 13], [30, 31, 32, 33]]
-    assert all(cut[key] is inputs[key] for key in ("labels", "targets", "scale", "name"))
+    assert cut["choices"][:, 1].tolist() == [[10, 11, 12, 19], [30, 31, 32, 39]]
+    assert all(cut[key] is inputs[key] for key in ("classes", "labels", "targets", "scale", "name"))
     assert all(value.is_contiguous() for value in cut.values() if torch.is_tensor(value))
 
 
-def test_cut_keeps_at_least_one_column() -> None:
-    assert cut_columns({"input_ids": torch.ones(2, 10, dtype=torch.long)}, 0.001)["input_ids"].shape == (2, 1)
+def test_cut_leaves_rows_that_are_short_enough() -> None:
+    inputs = {"input_ids": torch.ones(2, 10, dtype=torch.long)}
+    assert cut_columns(inputs, 10) is inputs
 
 
 # settle_left_padding

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -387,3 +388,39 @@ def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
 def test_the_options_must_be_a_config(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="mbp_config must be an MBPConfig, got dict"):
         MBPTrainer(model=classifier(), args=arguments(tmp_path), mbp_config={"max_tokens_per_micro_batch": 64})
+
+
+def test_collators_may_take_things_out_of_rows(tmp_path: Path) -> None:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        labels = torch.tensor([row.pop("labels") for row in rows])
+        return {**Pad()(rows), "labels": labels}
+
+    trainer = mbp_trainer(classifier(), class_rows(), tmp_path, data_collator=collate, max_tokens_per_micro_batch=None)
+    assert trainer.train().global_step == 1
+
+
+def test_a_count_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    class Forgetful(MBPTrainer):
+        def num_items(self, micro_batch: Any) -> Any:
+            return None
+
+    with pytest.raises(ValueError, match="num_items\\(micro_batch\\) must return a number"):
+        mbp_trainer(classifier(), class_rows(), tmp_path, trainer_class=Forgetful).train()
+
+
+def test_batches_of_an_own_loader_must_be_dictionaries(tmp_path: Path) -> None:
+    class OwnLoader(MBPTrainer):
+        def get_train_dataloader(self) -> Any:
+            return DataLoader(class_rows(), batch_size=16, collate_fn=lambda rows: (torch.ones(1), torch.ones(1)))
+
+    with pytest.raises(TypeError, match="a batch must be a dictionary"):
+        mbp_trainer(classifier(), class_rows(), tmp_path, trainer_class=OwnLoader).train()
+
+
+def test_numpy_integers_make_a_budget_that_a_checkpoint_can_keep(tmp_path: Path) -> None:
+    budget = np.int64(64)
+    trainer = mbp_trainer(
+        classifier(), class_rows(), tmp_path, max_tokens_per_micro_batch=budget, save_strategy="steps", save_steps=1
+    )
+    trainer.train()
+    assert (tmp_path / "checkpoint-1" / "trainer_state.json").is_file()
