@@ -10,15 +10,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from tests.distributed.worker import rows_of
 from tests.helpers import (
     Pad,
     build,
     llama_config,
-    masked_prefix,
     relative_error,
-    token_rows,
     whole_gradients,
-    with_labels,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -42,8 +40,8 @@ def launch(folder: Path, *arguments: Any) -> list[Any]:
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_gradients_and_loss_are_those_of_all_rows(accumulation: int, tmp_path: Path) -> None:
-    ranks = launch(tmp_path, accumulation, 32)
-    model, rows = build(LlamaForCausalLM, llama_config()), with_labels(token_rows(32), masked_prefix)
+    ranks = launch(tmp_path, accumulation, "dense")
+    model, rows = build(LlamaForCausalLM, llama_config()), rows_of("dense")
     whole_loss, expected = whole_gradients(model, lambda m: m(**Pad()(rows[:16])).loss)
     for rank in ranks:
         assert len(rank["gradients"]) == 2
@@ -52,3 +50,12 @@ def test_gradients_and_loss_are_those_of_all_rows(accumulation: int, tmp_path: P
     assert log["loss"] == pytest.approx(whole_loss, rel=1e-6)
     assert log["mbp_micro_batches"] >= 2
     assert log["mbp_tokens"] == sum(len(row["input_ids"]) for row in rows[:16])
+
+
+def test_a_rank_without_items_and_a_loss_that_divides_by_them(tmp_path: Path) -> None:
+    """Fillers and micro-batches without items run at weight zero; divided by zero items they would be NaN."""
+    ranks = launch(tmp_path, 1, "sparse")
+    model, rows = build(LlamaForCausalLM, llama_config()), rows_of("sparse")
+    expected = whole_gradients(model, lambda m: m(**Pad()(rows[:16])).loss)[1]
+    for rank in ranks:
+        assert relative_error(expected, rank["gradients"][0]) < 3e-6
