@@ -116,6 +116,19 @@ def sync_deferral(trainer: Any, model: torch.nn.Module) -> Callable[[], Abstract
     return deferred
 
 
+def void_step(trainer: Any) -> None:
+    """Lets the gradient scaler of fp16 skip an optimizer step that has no gradients.
+
+    `GradScaler.step` insists on gradients to look at. One that is infinite it takes for an overflow: it leaves the
+    weights, and halves its scale, which grows back.
+    """
+    scaler = trainer.accelerator.scaler
+    if scaler is not None:
+        scaler.scale(torch.zeros((), device=trainer.args.device))  # its scale is made at the first call
+        parameter = next(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+        parameter.grad = torch.full_like(parameter, float("inf"))
+
+
 def is_sharded(trainer: Any) -> bool:
     """Whether a forward pass of the model is a collective, so that it cannot be tried on one rank alone."""
     return bool(

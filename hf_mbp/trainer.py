@@ -116,6 +116,8 @@ class MBPMixin(_Base):
             loss: torch.Tensor = step(model, inputs, num_items_in_batch)
             return loss
         if not inputs.micro_batches:
+            if self.accelerator.sync_gradients:  # only a step without any items has none in its last batch
+                compat.void_step(self)
             return torch.zeros((), device=self.args.device)
 
         def backward(micro_batch: MicroBatch) -> torch.Tensor:

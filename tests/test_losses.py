@@ -278,3 +278,24 @@ def test_a_step_without_items_changes_nothing_and_warns_once(tmp_path: Path) -> 
 def test_the_tokenizer_of_the_tests_knows_its_vocabulary() -> None:
     assert isinstance(tokenizer(), PreTrainedTokenizerFast)
     assert len(tokenizer()) == VOCABULARY
+
+
+class ScalesGradients(MBPTrainer):
+    """With the gradient scaler of fp16, which insists on gradients in every step."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        self.accelerator.scaler = torch.amp.GradScaler("cpu")
+        return super().create_optimizer(*args, **kwargs)
+
+
+def test_a_step_without_items_passes_the_gradient_scaler(tmp_path: Path) -> None:
+    model = build(LlamaForCausalLM, llama_config()).float()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = with_labels(token_rows(), lambda index, row: [-100] * len(row["input_ids"]))
+    trainer = mbp_trainer(
+        model, rows, tmp_path, trainer_class=ScalesGradients, max_steps=3, optim="adamw_torch", max_grad_norm=1.0
+    )
+    with pytest.warns(UserWarning, match="nothing to learn from"):
+        trainer.train()
+    assert trainer.state.global_step == 3
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
