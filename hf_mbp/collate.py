@@ -1,6 +1,7 @@
 """Deferred collation: rows travel unpadded from the data loader to the step, which groups them before it pads them."""
 
 import copy
+import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,37 +13,54 @@ from torch.utils.data import get_worker_info
 
 Inputs = dict[str, Any]
 Collator = Callable[[list[Any]], Any]
+Columns = dict[str, tuple[torch.Tensor, list[torch.Size]]]
 
 
-class Rows:
-    """The rows of one data loader batch, not padded yet.
+class Batch:
+    """What the data loader hands over, on the host.
 
     Opaque on purpose: neither a list, a mapping nor something with `.to`, so that Accelerate and the pinning thread
-    leave it as it is, on the host. `in` is always false, for stock code that looks for a key in a batch.
+    leave it as it is. `in` is always false, for stock code that looks for a key in a batch.
     """
-
-    def __init__(self, rows: Sequence[Any]) -> None:
-        self._packed, self._columns = _pack(rows) if get_worker_info() else (list(rows), {})
-
-    def unpack(self) -> list[Any]:
-        """The rows as the data set gave them."""
-        return _unpack(self._packed, self._columns)
-
-    def __len__(self) -> int:
-        return len(self._packed)
 
     def __contains__(self, key: object) -> bool:
         return False
 
+    def unpack(self) -> list[Any]:
+        """Its rows."""
+        raise NotImplementedError
+
+
+class Rows(Batch):
+    """The rows of one data loader batch, not padded yet."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self._rows, self._pickled = list(rows), b""
+        self._columns: Columns = {}
+        if get_worker_info():
+            rest, self._columns = _pack(self._rows)
+            self._rows, self._pickled = [], pickle.dumps(rest)
+
+    def unpack(self) -> list[Any]:
+        """The rows as the data set gave them."""
+        return _unpack(pickle.loads(self._pickled), self._columns) if self._pickled else self._rows  # noqa: S301
+
 
 class KeepRows:
-    """A collator that does not collate. A class, because a lambda does not pickle under the spawn start method."""
+    """A collator that does not collate, in place of another one.
+
+    A class, because a lambda does not pickle under the spawn start method. It has the attributes of the other, because
+    trainers ask for them (`valid_label_columns` in sentence-transformers).
+    """
+
+    def __init__(self, collator: Any = None) -> None:
+        self.__dict__.update(getattr(collator, "__dict__", {}))
 
     def __call__(self, rows: list[Any]) -> Rows:
         return Rows(rows)
 
 
-def _pack(rows: Sequence[Any]) -> tuple[list[Any], dict[str, tuple[torch.Tensor, list[torch.Size]]]]:
+def _pack(rows: Sequence[Any]) -> tuple[list[Any], Columns]:
     """Joins the tensors of a column into one flat buffer.
 
     Each tensor that leaves a worker costs a file descriptor: 256 rows of 3 tensors exhaust the usual limit of 1,024
@@ -58,7 +76,7 @@ def _pack(rows: Sequence[Any]) -> tuple[list[Any], dict[str, tuple[torch.Tensor,
     return [_replaced(row, dict.fromkeys(columns)) for row in rows], columns
 
 
-def _unpack(packed: list[Any], columns: dict[str, tuple[torch.Tensor, list[torch.Size]]]) -> list[Any]:
+def _unpack(packed: list[Any], columns: Columns) -> list[Any]:
     if not columns:
         return packed
     parts = {
@@ -80,9 +98,32 @@ def _replaced(row: Any, values: Mapping[str, Any]) -> Any:
 
 
 def row_length(row: Any) -> int:
-    """Tokens of a row: the length of its `input_ids`, over all choices where it has several; 1 where it has none."""
-    token_ids = row.get("input_ids") if isinstance(row, Mapping) else None
-    return 1 if token_ids is None else _length(token_ids)
+    """Tokens of a row, as its collator will lay them out; 1 where there are none.
+
+    The length of `input_ids`, over all choices where it has several; both sides of a pair (`chosen_ids` and
+    `rejected_ids`, after `prompt_ids`, as TRL has them), which are padded to the longer one; the frames of a sound
+    (`input_features`, `[mels, frames]`, or `input_values`).
+    """
+    if not isinstance(row, Mapping):
+        return 1
+    if row.get("input_ids") is not None:
+        return _length(row["input_ids"])
+    if row.get("chosen_ids") is not None and row.get("rejected_ids") is not None:
+        prompt = row.get("prompt_ids")
+        longer = max(_length(row["chosen_ids"]), _length(row["rejected_ids"]))
+        return 2 * (longer + (0 if prompt is None else _length(prompt)))
+    if row.get("input_features") is not None:
+        return num_frames(row["input_features"])
+    return 1 if row.get("input_values") is None else _length(row["input_values"])
+
+
+def num_frames(features: Any) -> int:
+    """Frames of sound features, the last dimension."""
+    if isinstance(features, (torch.Tensor, np.ndarray)):
+        return int(features.shape[-1])
+    return (
+        num_frames(features[0]) if len(features) and isinstance(features[0], (Sequence, np.ndarray)) else len(features)
+    )
 
 
 def target_length(row: Any) -> int:
@@ -107,12 +148,21 @@ def num_rows_of(inputs: Mapping[str, Any]) -> int:
 
 
 def count_cells(inputs: Mapping[str, Any], *, with_targets: bool) -> int:
-    """Padded tokens of collated inputs; with those of `labels` for an encoder-decoder; rows where there are none."""
-    token_ids = inputs.get("input_ids")
-    if not isinstance(token_ids, torch.Tensor):
-        return num_rows_of(inputs)
+    """Padded tokens (frames of a sound) of collated inputs; rows where there are none.
+
+    Tokens of all columns where there are several (`sentence_0_input_ids`, ...), and of `labels` for an encoder-decoder.
+    """
+    columns = [value for key, value in inputs.items() if key.endswith("input_ids") and key != "decoder_input_ids"]
+    cells = sum(value.numel() for value in columns if isinstance(value, torch.Tensor)) or _sound_cells(inputs)
     labels = inputs.get("labels") if with_targets else None
-    return token_ids.numel() + (labels.numel() if isinstance(labels, torch.Tensor) else 0)
+    return cells + (labels.numel() if isinstance(labels, torch.Tensor) else 0)
+
+
+def _sound_cells(inputs: Mapping[str, Any]) -> int:
+    for key in ("input_features", "input_values"):
+        if isinstance(inputs.get(key), torch.Tensor):
+            return len(inputs[key]) * num_frames(inputs[key])
+    return num_rows_of(inputs)
 
 
 def select_rows(inputs: Mapping[str, Any], indices: list[int]) -> Inputs:

@@ -4,6 +4,7 @@ Checked against transformers 5.17 and 5.23, accelerate 1.15. Each function says 
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -13,6 +14,8 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import Trainer
 from transformers.trainer_utils import has_length
+
+from hf_mbp import other_trainers
 
 ABSENT = object()
 
@@ -61,6 +64,8 @@ def weighted_loss(trainer: Any, weight: float, num_items: float) -> Iterator[Non
     losses it divides differs between versions and between models, so the weight goes to the loss itself and the
     divisor is 1. `average_tokens_across_devices` would multiply by the number of processes.
     """
+    if weight and num_items and other_trainers.divides_by_count(trainer):
+        weight, num_items = 1.0, num_items / weight  # one division where there were two: one rounding less
     compute_loss, count = trainer.compute_loss, items_argument(trainer, num_items)
 
     def weighted(*args: Any, **kwargs: Any) -> Any:
@@ -71,6 +76,20 @@ def weighted_loss(trainer: Any, weight: float, num_items: float) -> Iterator[Non
         replaced(trainer, compute_loss=weighted, current_gradient_accumulation_steps=1),
         replaced(trainer.args, average_tokens_across_devices=False),
     ):
+        yield
+
+
+@contextmanager
+def local_gathers(trainer: Any) -> Iterator[None]:
+    """Makes `accelerator.gather` and `gather_for_metrics` return what this rank has.
+
+    For calls of the user's loss that not all ranks make, and for metrics that are put together later.
+    """
+
+    def local(tensor: Any, *_: Any, **__: Any) -> Any:
+        return tensor[None] if isinstance(tensor, torch.Tensor) and tensor.ndim == 0 else tensor
+
+    with replaced(trainer.accelerator, gather=local, gather_for_metrics=local):
         yield
 
 
@@ -162,9 +181,9 @@ def refuse_unsupported(trainer: Any) -> None:
             "micro-batches of changing shapes would be compiled anew each time. Use a GPU or a CPU.",
         ),
     }
-    for what, (is_present, why) in refusals.items():
-        if is_present:
-            raise ValueError(f"Micro-batching does not support {what}: {why}")
+    present = [(what, why) for what, (is_present, why) in refusals.items() if is_present]
+    for what, why in (*present, *other_trainers.refusals(trainer)):
+        raise ValueError(f"Micro-batching does not support {what}: {why}")
 
 
 def accepts(model: torch.nn.Module, argument: str) -> bool:
@@ -186,6 +205,17 @@ def is_regression(model: torch.nn.Module, labels: Any) -> bool:
         is_one_a_row = isinstance(labels, torch.Tensor) and labels.numel() == len(labels)
         return getattr(config, "num_labels", None) == 1 and is_one_a_row
     return problem in ("regression", "multi_label_classification")
+
+
+def warn_of_smaller_batch(trainer: Any, batch_size: int | None) -> None:
+    """Warns if `auto_find_batch_size` has changed the mini-batch: `batch_size` is what it tries next."""
+    if trainer.args.auto_find_batch_size and batch_size is not None and batch_size < trainer.args.train_batch_size:
+        warnings.warn(
+            f"Out of memory: auto_find_batch_size starts again with {batch_size} rows instead of "
+            f"{trainer.args.train_batch_size}, which changes the optimisation. Turn it off, and set memory_limit or "
+            "max_tokens_per_micro_batch lower instead.",
+            stacklevel=2,
+        )
 
 
 def require_rows(trainer: Any) -> None:

@@ -6,6 +6,7 @@ from hf_mbp.memory import parse_memory_limit
 from hf_mbp.plan import check_max_tokens
 
 ON_INEXACT = ("warn", "error")
+COLLATE_IN = ("main", "workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,15 @@ memory_limit="20GiB", or memory_limit=0.8 for 80 % of the memory.
         metadata={"help": "What to do if that comparison fails: 'warn' or 'error'.", "choices": list(ON_INEXACT)},
     )
 
+    collate_in: str = field(
+        default="main",
+        metadata={
+            "help": "Where the collator runs: 'main' pads each micro-batch by itself; 'workers' pads whole batches in "
+            "the data loader's workers, from which micro-batches are cut: for slow collators (images, sounds).",
+            "choices": list(COLLATE_IN),
+        },
+    )
+
     def __post_init__(self) -> None:
         if self.max_tokens_per_micro_batch is not None:
             check_max_tokens(self.max_tokens_per_micro_batch, "max_tokens_per_micro_batch")
@@ -54,3 +64,5 @@ memory_limit="20GiB", or memory_limit=0.8 for 80 % of the memory.
         parse_memory_limit(self.memory_limit)
         if self.on_inexact not in ON_INEXACT:
             raise ValueError(f"on_inexact={self.on_inexact!r} is unknown. Write one of {', '.join(ON_INEXACT)}.")
+        if self.collate_in not in COLLATE_IN:
+            raise ValueError(f"collate_in={self.collate_in!r} is unknown. Write one of {', '.join(COLLATE_IN)}.")

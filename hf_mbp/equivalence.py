@@ -12,7 +12,7 @@ from torch.linalg import vector_norm
 from hf_mbp import compat
 from hf_mbp.collate import Inputs, num_rows_of, select_rows
 from hf_mbp.padding import is_left_padded, trim
-from hf_mbp.probe import batch_norms_of, loss_of, undisturbed, without_dropout
+from hf_mbp.probe import batch_norms_of, loss_of, modules_of, undisturbed, without_dropout
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 """Largest relative error that passes, by the dtype of the computation: far above rounding (1e-7 in float64, because
@@ -98,14 +98,14 @@ def check_equivalence(trainer: Any, num_rows: int = 8) -> EquivalenceReport:
             "check_equivalence needs the whole model on each rank, and FSDP and DeepSpeed shard it. Run the check "
             "once in one process without them."
         )
-    with undisturbed(trainer.model):
+    with undisturbed(modules_of(trainer)):
         rows = trainer.mbp_feed.sample(num_rows * 8)
     return compare(trainer, rows, num_rows)
 
 
 def compare(trainer: Any, rows: list[Any], num_rows: int) -> EquivalenceReport:
     """`check_equivalence` on the shortest `num_rows` of the given rows."""
-    with undisturbed(trainer.model):
+    with undisturbed(modules_of(trainer)):
         without_dropout(trainer.model)
         return _Comparison(trainer, rows, num_rows).report()
 
@@ -255,7 +255,7 @@ def _norm(gradient: torch.Tensor) -> float:
 
 def explain(comparison: _Comparison) -> list[str]:
     """What makes splitting inexact, and what to do; each suspect is tried on the user's own rows."""
-    if finding := _not_a_number(comparison) or _batch_norm(comparison):
+    if finding := _not_a_number(comparison) or _random(comparison) or _batch_norm(comparison):
         return [finding]  # the others would only be misled, or run single rows
     suspects: list[Callable[[_Comparison], str | None]] = [_router_loss, _padding_width, _reduction]
     return [finding for suspect in suspects if (finding := suspect(comparison))]
@@ -267,6 +267,18 @@ def _not_a_number(comparison: _Comparison) -> str | None:
     return (
         "The loss of these rows is not a finite number, split or not. Look for weights that are not finite, and for "
         "labels that the loss cannot take."
+    )
+
+
+def _random(comparison: _Comparison) -> str | None:
+    """Compares the loss of the rows with itself."""
+    first, second = comparison.value(comparison.whole), comparison.value(comparison.whole)
+    if abs(first - second) <= comparison.tolerance * abs(first):
+        return None
+    return (
+        f"The loss of the same rows differs from one call to the next ({first:.6g}, {second:.6g}): model or loss draw "
+        "random numbers even in evaluation mode, so whether splitting is exact cannot be told. Draw them in training "
+        "mode only."
     )
 
 

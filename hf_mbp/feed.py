@@ -4,17 +4,20 @@ import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import accumulate, chain, islice, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_mbp import collate, compat, equivalence, items, memory, padding, probe
-from hf_mbp.collate import Inputs, Rows
+from hf_mbp import collate, compat, equivalence, items, memory, other_trainers, padding, probe
+from hf_mbp.collate import Batch, Inputs, KeepRows
 from hf_mbp.distributed import Ranks
 from hf_mbp.equivalence import NothingToCompareError
 from hf_mbp.plan import Budget, Cost, Ints, as_sizes, round_up, too_long_message
+from hf_mbp.precollated import CollatedRow, CollateInWorkers, cut_out
 from hf_mbp.report import StepReport, start_line
 from hf_mbp.sizing import cost_of, measure_budget
 from hf_mbp.step import MicroBatch, RowFunctions, split_mini_batch, weigh
@@ -49,29 +52,53 @@ class Feed:
 
     def micro_batches(self, batches: list[Any]) -> list[MicroBatch]:
         """The weighed micro-batches of an optimizer step, from what its data loader returned."""
-        if all(isinstance(batch, Rows) for batch in batches):
+        if all(isinstance(batch, Batch) for batch in batches):
             return self._weighed(self._split([batch.unpack() for batch in batches]))
         micro_batches = [self._ready_made(batch) for batch in batches]
         self.report.add_step(micro_batches, [], 0)
         return self._weighed(micro_batches)
 
+    def loader_collator(self) -> KeepRows:
+        """What the training loader has in place of the user's collator."""
+        collator = self.trainer.data_collator
+        if self.trainer.mbp_config.collate_in == "workers" or other_trainers.is_sentence_transformers(self.trainer):
+            return CollateInWorkers(collator)
+        return KeepRows(collator)
+
     # Questions about rows and inputs
 
     def sizes(self, rows: list[Any]) -> Ints:
         """Lengths of rows, `[rows, parts]`, as the collator will pad them; two parts for an encoder-decoder."""
-        sizes: list[tuple[int, ...]] = [(self.trainer.row_length(row),) for row in rows]
-        if self._has_targets():
-            sizes = [(*size, collate.target_length(row)) for size, row in zip(sizes, rows, strict=True)]
-        return round_up(as_sizes(sizes), getattr(self.trainer.data_collator, "pad_to_multiple_of", None))
+        return round_up(as_sizes([self._parts(row) for row in rows]), self._multiple_of())
+
+    def _parts(self, row: Any) -> tuple[int, ...]:
+        if isinstance(row, CollatedRow):
+            parts = row.parts or (self.trainer.row_length(row.fields()),)
+            return (*parts, row.num_targets) if self._has_targets() else parts
+        length = (self.trainer.row_length(row),)
+        return (*length, collate.target_length(row)) if self._has_targets() else length
+
+    def _multiple_of(self) -> int | None:
+        return getattr(self.trainer.data_collator, "pad_to_multiple_of", None)
 
     def collate(self, groups: list[list[Any]]) -> list[Inputs]:
         """Each group of rows, padded by the user's collator; all to one width where the loss needs that."""
+        if isinstance(groups[0][0], CollatedRow):
+            return [self._settled(self._cut_out(group)) for group in groups]
         groups = [[copy.copy(row) for row in group] for group in groups]  # collators may take things out of them
         if len(groups) > 1 and _need_one_width(groups[0]):
             whole = dict(self.trainer.data_collator(list(chain.from_iterable(groups))))
             ends = accumulate(map(len, groups), initial=0)
             return [collate.select_rows(whole, list(range(start, end))) for start, end in pairwise(ends)]
         return [self._settled(dict(self.trainer.data_collator(group))) for group in groups]
+
+    def _cut_out(self, rows: list[CollatedRow]) -> Inputs:
+        return cut_out(
+            rows,
+            has_targets=self._has_targets(),
+            multiple_of=self._multiple_of() or 1,
+            keep_width=_need_one_width(rows),
+        )
 
     def sample(self, num_rows: int) -> list[Any]:
         """The first rows of the training data, as the collator gets them.
@@ -85,7 +112,7 @@ class Feed:
         else:
             rows = [loader.dataset[index] for index in range(min(num_rows, len(loader.dataset)))]
         batch = loader.collate_fn(rows)
-        if not isinstance(batch, Rows):
+        if not isinstance(batch, Batch):
             raise ValueError(
                 "get_train_dataloader is overridden and returns ready-made batches, which are never split. To have "
                 "them split, leave it as it is, or build on super().get_train_dataloader()."
@@ -95,8 +122,11 @@ class Feed:
     def shifts_labels(self, inputs: Inputs) -> bool:
         """Whether the loss predicts the next token, so that the first label of a row is no item; found by trying."""
         if self._loss_shifts is None:
-            self._loss_shifts = probe.loss_shifts_labels(self.trainer, inputs)
+            self._loss_shifts = probe.loss_shifts_labels(*self._loss_and_modules(), inputs)
         return self._loss_shifts
+
+    def _loss_and_modules(self) -> tuple[probe.LossFunction, list[torch.nn.Module]]:
+        return partial(probe.loss_of, self.trainer), probe.modules_of(self.trainer)
 
     def num_items(self, inputs: Inputs) -> float:
         """What the trainer's `num_items` says, which users may override.
@@ -118,7 +148,9 @@ class Feed:
         """Whether positions given as 0, 1, ... mean to the model what none given mean for an unpadded row."""
         if self._positions_from_zero is None:
             has_positions = compat.accepts(self.trainer.model, "position_ids")
-            self._positions_from_zero = has_positions and probe.counts_positions_from_zero(self.trainer, inputs)
+            self._positions_from_zero = has_positions and probe.counts_positions_from_zero(
+                *self._loss_and_modules(), inputs
+            )
         return self._positions_from_zero
 
     def _has_targets(self) -> bool:
@@ -130,23 +162,30 @@ class Feed:
     # From rows to micro-batches
 
     def _split(self, batches: list[list[Any]]) -> list[MicroBatch]:
-        rows = list(chain.from_iterable(batches))
         batch_sizes = [self.sizes(batch) for batch in batches]
-        sizes = self.sizes(rows)
-        if _need_one_width(rows):
-            sizes[:] = sizes.max(axis=0)
+        pools = [(list(chain.from_iterable(batches)), np.concatenate(batch_sizes))]
+        if isinstance(batches[0][0], CollatedRow):  # rows that are padded already stay with those of their batch
+            pools = list(zip(batches, map(np.copy, batch_sizes), strict=True))
+        for rows, sizes in pools:
+            if _need_one_width(rows):
+                sizes[:] = sizes.max(axis=0)
+        rows, sizes = pools[0]
         budget = self._budget_for(rows, sizes)
-        max_tokens = self._warn_of_long_rows(budget, int(sizes.sum(axis=1).max()))
+        longest = max(int(sizes.sum(axis=1).max()) for _, sizes in pools)
+        max_tokens = self._warn_of_long_rows(budget, longest)
         is_first_step, cost = self._cost is None, self._cost_of_model()
         check = self._check(rows) if is_first_step else ""
         functions = RowFunctions(collate=self.collate, num_items=self.num_items, num_cells=self._num_cells)
+        micro_batches: list[MicroBatch] = []
         with collate.seeded(self.trainer.args.seed, self.trainer.state.global_step, self.trainer.args.process_index):
-            micro_batches = split_mini_batch(
-                rows, sizes, budget=budget, cost=cost, functions=functions, ranks=self.ranks
-            )
+            for rows, sizes in pools:
+                micro_batches += split_mini_batch(
+                    rows, sizes, budget=budget, cost=cost, functions=functions, ranks=self.ranks
+                )
         self.report.add_step(micro_batches, batch_sizes, max_tokens)
         if is_first_step and self.trainer.is_world_process_zero():
-            tqdm.write(start_line(len(rows), micro_batches, batch_sizes, _describe(budget, max_tokens), check))
+            num_rows = sum(map(len, batches))
+            tqdm.write(start_line(num_rows, micro_batches, batch_sizes, _describe(budget, max_tokens), check))
         return micro_batches
 
     def _ready_made(self, batch: Any) -> MicroBatch:
@@ -255,7 +294,8 @@ def _need_one_width(rows: list[Any]) -> bool:
 
     Extractive question answering takes a softmax over all columns, padding included.
     """
-    return bool(rows) and isinstance(rows[0], Mapping) and "start_positions" in rows[0]
+    first = rows[0].batch.inputs if rows and isinstance(rows[0], CollatedRow) else rows[0] if rows else None
+    return isinstance(first, Mapping) and "start_positions" in first
 
 
 def _describe(budget: Budget, max_tokens: int) -> str:

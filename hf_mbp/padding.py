@@ -9,6 +9,8 @@ from hf_mbp.collate import Inputs
 IGNORE_INDEX = -100
 """Label that no loss counts, in all of transformers and PyTorch."""
 
+MASK = "attention_mask"
+
 
 def width_of(inputs: Inputs) -> int | None:
     """Padded length of collated inputs with a two-dimensional `attention_mask`; `None` without one."""
@@ -24,18 +26,41 @@ def is_left_padded(inputs: Inputs) -> bool:
     return bool(((mask[:, 0] == 0) & (mask[:, -1] != 0)).any())
 
 
-def trim(inputs: Inputs) -> Inputs:
-    """Collated inputs without the columns in which every row is padding."""
-    width = width_of(inputs)
-    if width is None:
-        return inputs
-    used = (inputs["attention_mask"] != 0).any(dim=0).nonzero()
-    if not len(used):
-        return inputs
-    columns = slice(int(used[0]), int(used[-1]) + 1)
-    return {
-        key: value[:, columns].contiguous() if _has_columns(value, width) else value for key, value in inputs.items()
-    }
+def trim(inputs: Inputs, *, has_targets: bool = False, multiple_of: int = 1) -> Inputs:
+    """Collated inputs without the outer columns in which every row is padding.
+
+    Each mask (`attention_mask`, `sentence_0_attention_mask`, ...) speaks for the values with its prefix and its width.
+
+    Args:
+        inputs: from a collator.
+        has_targets: whether `labels` are padded apart from the inputs, as for an encoder-decoder.
+        multiple_of: the width is rounded up to a multiple of this.
+    """
+    masks = {key.removesuffix(MASK): value for key, value in inputs.items() if key.endswith(MASK) and _is_flat(value)}
+    used = {prefix: mask != 0 for prefix, mask in masks.items() if prefix + "input_features" not in inputs}
+    labels = inputs.get("labels")
+    if has_targets and _is_flat(labels):
+        used["labels"] = labels != IGNORE_INDEX
+        used.setdefault("decoder_", used["labels"])
+    spans = {prefix: _span(columns, multiple_of) for prefix, columns in used.items() if bool(columns.any())}
+    widths = {prefix: columns.shape[1] for prefix, columns in used.items()}
+    trimmed = dict(inputs)
+    for key, value in inputs.items():
+        prefix = max((prefix for prefix in spans if key.startswith(prefix)), key=len, default=None)
+        if prefix is not None and _has_columns(value, widths[prefix]):
+            trimmed[key] = value[:, spans[prefix]].contiguous()
+    return trimmed
+
+
+def _is_flat(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 2
+
+
+def _span(used: torch.Tensor, multiple_of: int) -> slice:
+    """The columns from the first to the last that are used, `[rows, columns]`, and what rounding adds."""
+    columns = used.any(dim=0).nonzero()
+    start, end = int(columns[0]), int(columns[-1]) + 1
+    return slice(start, start + -(-(end - start) // multiple_of) * multiple_of)
 
 
 def without_padding(inputs: Inputs) -> Inputs:

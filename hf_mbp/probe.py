@@ -1,7 +1,7 @@
 """Runs the user's model and loss on the side, and leaves no trace."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import isclose, isnan
 from typing import Any
@@ -13,17 +13,36 @@ from hf_mbp.collate import Inputs, seeded
 from hf_mbp.items import count_items, shift_probes
 from hf_mbp.padding import without_padding
 
+LossFunction = Callable[[Inputs, float], torch.Tensor]
+"""The mean loss of collated inputs, which have so many items."""
+
+NOTES = ("_metrics", "accum_loss_components")
+"""Where trainers of TRL and sentence-transformers collect the metrics that they log."""
+
 ROUNDING = 1e-6
 """Relative difference of two losses that a device may make of one; a label more makes a larger one."""
 
 
+def modules_of(trainer: Any) -> list[torch.nn.Module]:
+    """The trainer's model, and other modules it holds: a reference model, or a loss with weights of its own."""
+    held = [trainer.model]
+    for value in vars(trainer).values():
+        values = value.values() if isinstance(value, dict) else [value]
+        held += [module for module in values if isinstance(module, torch.nn.Module)]
+    return held
+
+
 @contextmanager
-def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+def undisturbed(modules: list[torch.nn.Module]) -> Iterator[None]:
     """Restores gradients, buffers, training flags and random states when the block is left."""
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    flags = [(module, module.training) for module in model.modules()]
-    config: Any = getattr(model, "config", None)
+    every = list(dict.fromkeys(module for held in modules for module in held.modules()))
+    gradients = [(parameter, parameter.grad) for module in every for parameter in module.parameters(recurse=False)]
+    buffers = [(module, dict(module._buffers)) for module in every]  # a forward pass may put others in their place
+    values = [
+        (buffer, buffer.detach().clone()) for _, named in buffers for buffer in named.values() if buffer is not None
+    ]
+    flags = [(module, module.training) for module in every]
+    config: Any = getattr(modules[0], "config", None)
     problem_type = getattr(config, "problem_type", None)  # sequence classification sets it at its first loss
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), seeded(0):
@@ -34,7 +53,9 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
         finally:
             for parameter, gradient in gradients:
                 parameter.grad = gradient
-            for buffer, value in buffers:
+            for module, named in buffers:
+                module._buffers.update(named)
+            for buffer, value in values:
                 buffer.data.copy_(value)
             for module, was_training in flags:
                 module.training = was_training
@@ -43,22 +64,24 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def kept_metrics(trainer: Any) -> Iterator[None]:
-    """Restores what subclasses of the trainer note in `_metrics` at each call of `compute_loss`, as those of TRL do."""
-    if not hasattr(trainer, "_metrics"):
-        yield
-        return
-    before = copy.deepcopy(trainer._metrics)
+def kept_notes(trainer: Any) -> Iterator[None]:
+    """Restores what subclasses of the trainer note at each call of `compute_loss`, as those of TRL do.
+
+    Numbers of its own, such as counts of tokens, and `NOTES`.
+    """
+    before = {name: value for name, value in vars(trainer).items() if isinstance(value, (int, float))}
+    metrics = {name: copy.deepcopy(vars(trainer)[name]) for name in NOTES if name in vars(trainer)}
     try:
         yield
     finally:
-        trainer._metrics = before
+        vars(trainer).update(before | metrics)
 
 
 def loss_of(trainer: Any, inputs: Inputs, num_items: float) -> torch.Tensor:
     """The mean loss of one micro-batch, as the training step computes it, of the model without wrappers."""
     with (
-        kept_metrics(trainer),
+        kept_notes(trainer),
+        compat.local_gathers(trainer),
         compat.replaced(trainer, log=lambda *_, **__: None),
         compat.weighted_loss(trainer, 1.0, num_items),
         trainer.compute_loss_context_manager(),
@@ -82,25 +105,27 @@ def batch_norms_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, kinds) and module.training]
 
 
-def loss_shifts_labels(trainer: Any, inputs: Inputs) -> bool:
+def loss_shifts_labels(loss: LossFunction, modules: list[torch.nn.Module], inputs: Inputs) -> bool:
     """Whether the loss predicts the next token, so that a label in the first column changes nothing.
 
     Neither the name nor the loss mapping of a model tells: BartForCausalLM does not shift, GPT-2 does and has no loss
     type.
     """
-    with undisturbed(trainer.model), torch.no_grad():
-        trainer.model.eval()
-        without, with_first = (float(loss_of(trainer, probe, num_items=1)) for probe in shift_probes(inputs))
+    without, with_first = _values(loss, modules, *shift_probes(inputs))
     return isclose(without, with_first, rel_tol=ROUNDING) or (isnan(without) and isnan(with_first))
 
 
-def counts_positions_from_zero(trainer: Any, inputs: Inputs) -> bool:
+def counts_positions_from_zero(loss: LossFunction, modules: list[torch.nn.Module], inputs: Inputs) -> bool:
     """Whether the model places an unpadded row at the positions 0, 1, ...; some start elsewhere, or number images."""
     unpadded = without_padding(inputs)
     positions = torch.arange(unpadded["input_ids"].shape[-1]).expand_as(unpadded["input_ids"])
-    num_items = max(1, count_items(unpadded, shifts=True))
-    with undisturbed(trainer.model), torch.no_grad():
-        trainer.model.eval()
-        probes = (unpadded, {**unpadded, "position_ids": positions})
-        plain, placed = (float(loss_of(trainer, probe, num_items)) for probe in probes)
+    plain, placed = _values(loss, modules, unpadded, {**unpadded, "position_ids": positions})
     return isclose(plain, placed, rel_tol=ROUNDING)
+
+
+def _values(loss: LossFunction, modules: list[torch.nn.Module], *probes: Inputs) -> list[float]:
+    """The losses of some inputs, without dropout."""
+    with undisturbed(modules), torch.no_grad():
+        for module in modules:
+            module.eval()
+        return [float(loss(inputs, max(1, count_items(inputs, shifts=True)))) for inputs in probes]

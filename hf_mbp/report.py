@@ -2,13 +2,13 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import TrainerCallback
 
 from hf_mbp.distributed import Ranks
 from hf_mbp.plan import Ints
 from hf_mbp.step import MicroBatch
+
+MEASURED = ("mbp_tokens_per_second", "mbp_peak_memory_bytes")
+"""Log entries that differ from run to run."""
 
 
 @dataclass
@@ -34,6 +34,11 @@ class Counts:
         merge = {"cells": sum, "tokens": sum, "unsplit_cells": sum}
         merged = {name: merge.get(name, max)(numbers) for name, numbers in values.items()}
         return Counts(**{name: value if name == "seconds" else int(value) for name, value in merged.items()})
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that are not padding, a second; 0 if no time was measured."""
+        return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
     def padding_fraction(self) -> float:
@@ -65,7 +70,7 @@ class StepReport:
         self._started = time.perf_counter()
 
     def stop_clock(self) -> None:
-        """Stops the clock, if it runs."""
+        """Stops the clock, if it runs; to be called before stock logs, evaluates and saves."""
         if self._started is not None:
             self.since_log.seconds += time.perf_counter() - self._started
             self._started = None
@@ -90,7 +95,7 @@ class StepReport:
         return {
             "mbp_micro_batches": counts.micro_batches / max(counts.steps, 1),
             "mbp_padding_fraction": counts.padding_fraction,
-            "mbp_tokens_per_second": counts.tokens / counts.seconds if counts.seconds else 0.0,
+            "mbp_tokens_per_second": counts.tokens_per_second,
             "mbp_cells": counts.cells,
             "mbp_tokens": counts.tokens,
             "mbp_max_tokens": self.max_tokens,
@@ -108,19 +113,8 @@ class StepReport:
             "mbp_tokens": counts.tokens,
             "mbp_padding_fraction": counts.padding_fraction,
             "mbp_padding_fraction_unsplit": counts.padding_fraction_unsplit,
-            "mbp_tokens_per_second": counts.tokens / counts.seconds if counts.seconds else 0.0,
+            "mbp_tokens_per_second": counts.tokens_per_second,
         }
-
-
-class StepClock(TrainerCallback):
-    """Stops the clock of the report when an optimizer step is done, before stock logs, evaluates and saves."""
-
-    def __init__(self, report: StepReport) -> None:
-        self._report = report
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Called by the training loop."""
-        self._report.stop_clock()
 
 
 def start_line(num_rows: int, micro_batches: list[MicroBatch], sizes: list[Ints], budget: str, check: str) -> str:

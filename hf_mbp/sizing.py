@@ -9,7 +9,7 @@ from hf_mbp import compat, memory
 from hf_mbp.collate import num_rows_of
 from hf_mbp.padding import cut_columns, with_padding
 from hf_mbp.plan import Budget, Cost, Ints
-from hf_mbp.probe import loss_of, undisturbed
+from hf_mbp.probe import loss_of, modules_of, undisturbed
 
 PROBE_CELLS, PROBE_ROWS = 256, (2, 8)
 """Cells of a micro-batch that is run to measure its memory: from here on bytes per cell hardly change. Not more rows,
@@ -88,7 +88,7 @@ def measure_budget(trainer: Any, rows: list[Any], sizes: Ints) -> Budget:
     lengths = sizes.sum(axis=1)
     longest = int(lengths.max())
     widths = sorted({min(longest, NARROW), min(longest, WIDE)})
-    with undisturbed(trainer.model):
+    with undisturbed(modules_of(trainer)):
         trainer.model.train()
         measured = [_measure(trainer, rows[int(lengths.argmax())], longest, width) for width in widths]
     pending = memory.pending_training_bytes(list(trainer.model.parameters()), trainer.optimizer)

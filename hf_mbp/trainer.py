@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Seq2SeqTrainer, Trainer
 
-from hf_mbp import collate, compat, items, memory
-from hf_mbp.collate import Inputs, KeepRows
+from hf_mbp import collate, compat, items, memory, other_trainers
+from hf_mbp.call_metrics import CallMetrics
+from hf_mbp.collate import Inputs
 from hf_mbp.config import MBPConfig
 from hf_mbp.distributed import Ranks
 from hf_mbp.feed import Feed
-from hf_mbp.report import StepClock, StepReport
+from hf_mbp.report import MEASURED, StepReport
 from hf_mbp.step import MicroBatch, deal, run_micro_batches
 
 if TYPE_CHECKING:
@@ -38,11 +39,12 @@ class MBPMixin(_Base):
     What it overrides, and why:
 
     * `__init__`: takes `mbp_config`; refuses what cannot be exact.
-    * `train`: starts afresh what is found out about model, data and memory.
+    * `train`: adds the totals of the run to its metrics.
+    * `_inner_training_loop`: starts afresh what is found out about model, data and memory.
     * `get_train_dataloader`: has the loader hand over rows that are not padded yet.
     * `get_batch_samples`: plans and pads the rows of a whole optimizer step.
     * `training_step`: runs the micro-batches, each by the `training_step` of the next class.
-    * `log`: adds the `mbp_` entries.
+    * `log`, `_maybe_log_save_evaluate`: the `mbp_` entries, and the clock behind them.
     * `floating_point_ops`, `_track_num_input_tokens`: count what the stock loop asks about a batch.
 
     What users may override: `num_items` for a loss of their own and `row_length` for rows whose size is not in
@@ -62,8 +64,8 @@ class MBPMixin(_Base):
         compat.refuse_unsupported(self)
         self._ranks = Ranks(self.accelerator)
         self._report = StepReport()
+        self._call_metrics = CallMetrics(self, self._ranks)
         self.mbp_feed = Feed(self, self._ranks, self._report)
-        self.add_callback(StepClock(self._report))
 
     # What users may override
 
@@ -75,12 +77,17 @@ class MBPMixin(_Base):
         that divides by something else: the sum of the labels' weights for a class-weighted cross-entropy.
         """
         inputs = dict(micro_batch)
+        if (known := other_trainers.num_items(self, inputs)) is not None:
+            return known
         shifts = items.has_token_labels(inputs) and "shift_labels" not in inputs and self.mbp_feed.shifts_labels(inputs)
         is_regression = compat.is_regression(self.model, inputs.get("labels"))
         return items.count_items(inputs, shifts=shifts, is_regression=is_regression)
 
     def row_length(self, row: Any) -> int:
-        """Tokens of a row of the data set: of its `input_ids`, or 1. Override it where the size is elsewhere."""
+        """Tokens of a row of the data set; override it where the size is elsewhere.
+
+        Here: of its `input_ids`, of both sides of a pair, or the frames of its sound; 1 where there are none.
+        """
         return collate.row_length(row)
 
     # What the stock loop calls
@@ -92,12 +99,19 @@ class MBPMixin(_Base):
             ValueError: there is nothing to train on, or nothing fits the memory limit.
         """
         compat.require_rows(self)
+        output = super().train(*args, **kwargs)
+        output.metrics.update(self._report.totals(self._ranks))
+        return output
+
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """One run of the loop; `auto_find_batch_size` runs it again, with fewer rows, after running out of memory."""
+        compat.warn_of_smaller_batch(self, batch_size)
         self.mbp_feed.restart()
-        return super().train(*args, **kwargs)
+        return super()._inner_training_loop(batch_size, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         """The stock loader, except that its batches are rows; whoever overrides it may return any batches."""
-        with compat.deferred_collation(self, KeepRows()):
+        with compat.deferred_collation(self, self.mbp_feed.loader_collator()):
             return super().get_train_dataloader()
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], None]:
@@ -121,19 +135,34 @@ class MBPMixin(_Base):
             return torch.zeros((), device=self.args.device)
 
         def backward(micro_batch: MicroBatch) -> torch.Tensor:
-            with compat.weighted_loss(self, micro_batch.weight, micro_batch.num_items):
+            with (
+                self._call_metrics.call(micro_batch),
+                compat.weighted_loss(self, micro_batch.weight, micro_batch.num_items),
+            ):
                 weighted: torch.Tensor = step(model, dict(micro_batch.inputs), None)
             return weighted
 
-        return run_micro_batches(inputs.micro_batches, backward, defer_sync=compat.sync_deferral(self, model))
+        loss = run_micro_batches(inputs.micro_batches, backward, defer_sync=compat.sync_deferral(self, model))
+        if self.accelerator.sync_gradients:
+            self._call_metrics.merge()
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The stock logs, with the entries of micro-batch processing beside the training loss."""
+        """The stock logs, with the entries of micro-batch processing beside the training loss.
+
+        Speed and memory go to the callbacks only: `state.log_history`, which is part of a checkpoint, is the same for
+        two runs that did the same.
+        """
         if self.is_in_train and {"loss", "learning_rate"} <= logs.keys():
             logs.update(self._report.flush(self._ranks, memory.peak_memory(self.args.device)))
-        elif self.is_in_train and "train_runtime" in logs:
-            logs.update(self._report.totals(self._ranks))
         super().log(logs, *args, **kwargs)
+        for name in MEASURED:
+            self.state.log_history[-1].pop(name, None)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Stops the clock of the step first, so that evaluation and saving are not counted."""
+        self._report.stop_clock()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Of all the micro-batches that stand in for a batch."""

@@ -130,10 +130,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Recorder(TrainerCallback):
-    """Keeps the gradients of every optimizer step."""
+    """Keeps the gradients of every optimizer step, and the training logs."""
 
     def __init__(self) -> None:
         self.gradients: list[dict[str, torch.Tensor]] = []
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.logs.append(dict(logs))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})

@@ -16,6 +16,7 @@ LAYERS = [
     "trainer",
     "feed",
     "report",
+    "call_metrics",
     "step",
     "equivalence",
     "sizing",
@@ -24,15 +25,17 @@ LAYERS = [
     "config",
     "memory",
     "items",
+    "precollated",
     "padding",
     "distributed",
     "collate",
     "plan",
+    "other_trainers",
 ]
 """From the top down. A module imports only modules further down; `cli` is a package, and imports within it are its own
 business."""
 
-KNOWS_UPSTREAM = {"cli", "trainer", "report", "compat"}
+KNOWS_UPSTREAM = {"cli", "trainer", "compat"}
 """`compat` knows private names of transformers and Accelerate, the others public ones."""
 
 

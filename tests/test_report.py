@@ -8,9 +8,9 @@ from transformers import BertForMaskedLM
 
 from hf_mbp import report
 from hf_mbp.plan import as_sizes
-from hf_mbp.report import Counts, StepClock, StepReport, start_line
+from hf_mbp.report import Counts, StepReport, start_line
 from hf_mbp.step import MicroBatch
-from tests.helpers import bert_config, build, masked_prefix, mbp_trainer, token_rows, with_labels
+from tests.helpers import Recorder, bert_config, build, masked_prefix, mbp_trainer, token_rows, with_labels
 
 
 class FakeRanks:
@@ -144,11 +144,10 @@ def test_nothing_was_done() -> None:
 
 def test_the_clock_stands_still_between_steps(clock: list[float]) -> None:
     steps = StepReport()
-    stop = StepClock(steps)
     for work, pause in ((2, 100), (3, 1000)):
         steps.start_step()
         clock[0] += work
-        stop.on_step_end(None, None, None)
+        steps.stop_clock()
         clock[0] += pause
     assert steps.since_log.seconds == 5
 
@@ -187,9 +186,10 @@ def trained(folder: Path, **changes: Any) -> Any:
 
 
 def test_logs_and_metrics_of_a_run(tmp_path: Path) -> None:
-    trainer, metrics = trained(tmp_path, max_steps=3)
+    recorder = Recorder()
+    _, metrics = trained(tmp_path, max_steps=3, callbacks=[recorder])
     tokens = sum(len(row["input_ids"]) for row in token_rows())
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logs = recorder.logs
     assert [entry["mbp_tokens"] for entry in logs] == [tokens] * 3
     assert all(entry["mbp_micro_batches"] >= tokens / 64 for entry in logs)
     assert all(entry["mbp_max_tokens"] == 64 for entry in logs)
@@ -198,6 +198,13 @@ def test_logs_and_metrics_of_a_run(tmp_path: Path) -> None:
     assert metrics["mbp_tokens"] == 3 * tokens
     assert metrics["mbp_cells"] == sum(entry["mbp_cells"] for entry in logs)
     assert 0 <= metrics["mbp_padding_fraction"] < metrics["mbp_padding_fraction_unsplit"] < 1
+
+
+def test_two_runs_leave_the_same_log_history(tmp_path: Path) -> None:
+    (first, _), (second, _) = (trained(tmp_path / name, max_steps=2) for name in "ab")
+    histories = [[entry for entry in run.state.log_history if "loss" in entry] for run in (first, second)]
+    assert histories[0] == histories[1]
+    assert len(histories[0]) == 2
 
 
 @pytest.mark.parametrize(("rows", "batches"), [(16, 1), (1, 16)])

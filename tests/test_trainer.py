@@ -314,10 +314,11 @@ def test_callbacks_see_the_events_of_stock(tmp_path: Path) -> None:
 
 
 def test_log_keys(tmp_path: Path) -> None:
-    trainer = mbp_trainer(classifier(), class_rows(), tmp_path, max_steps=2)
+    recorder = Recorder()
+    trainer = mbp_trainer(classifier(), class_rows(), tmp_path, max_steps=2, callbacks=[recorder])
     metrics = trainer.train().metrics
     keys = {"micro_batches", "padding_fraction", "tokens_per_second", "max_tokens", "peak_memory_bytes", "oom_retries"}
-    logged = trainer.state.log_history[0]
+    logged = recorder.logs[0]
     assert {f"mbp_{key}" for key in keys} <= logged.keys()
     useful = sum(len(row["input_ids"]) for row in class_rows())
     assert logged["mbp_max_tokens"] == 64

@@ -1,0 +1,87 @@
+"""Batches that the user's collator pads in the workers; the step cuts its micro-batches out of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_mbp.collate import Batch, Collator, Inputs, KeepRows
+from hf_mbp.padding import IGNORE_INDEX, MASK, trim
+
+
+class CollateInWorkers(KeepRows):
+    """The user's collator, whose result stays on the host; see `KeepRows`."""
+
+    def __init__(self, collator: Collator) -> None:
+        super().__init__(collator)
+        self._collator = collator
+
+    def __call__(self, rows: list[Any]) -> "Collated":  # type: ignore[override]
+        return Collated(dict(self._collator(rows)), len(rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Collated(Batch):
+    """The rows of one data loader batch, padded by the user's collator in the worker."""
+
+    inputs: Inputs
+    num_rows: int
+
+    def unpack(self) -> "list[CollatedRow]":
+        """Its rows, to be cut out later.
+
+        Raises:
+            ValueError: a tensor does not have one entry a row.
+        """
+        for key, value in self.inputs.items():
+            if isinstance(value, torch.Tensor) and value.ndim and len(value) != self.num_rows:
+                raise ValueError(
+                    f"Batches that the workers collate are cut into rows, but {key!r} has {len(value):,} entries for "
+                    f"{self.num_rows:,} rows. Set collate_in='main'."
+                )
+        return [CollatedRow(self, index) for index in range(self.num_rows)]
+
+
+@dataclass(frozen=True, eq=False)
+class CollatedRow:
+    """One row of a batch that is collated already."""
+
+    batch: Collated
+    index: int
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Tokens of each column of tokens that its batch has: one as a rule, two for pairs of sentences."""
+        masks = (
+            value[self.index]
+            for key, value in self.batch.inputs.items()
+            if key.endswith(MASK) and key != "decoder_" + MASK and isinstance(value, torch.Tensor)
+        )
+        return tuple(int((mask != 0).sum()) for mask in masks)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens of its `labels` that are not padding."""
+        labels = self.batch.inputs["labels"][self.index]
+        return int((labels != IGNORE_INDEX).sum())
+
+    def fields(self) -> Inputs:
+        """Its values, as the collator returned them."""
+        return {key: _chosen(value, self.index, self.batch.num_rows) for key, value in self.batch.inputs.items()}
+
+
+def cut_out(rows: Sequence[CollatedRow], *, has_targets: bool, multiple_of: int, keep_width: bool) -> Inputs:
+    """Rows of one batch, without the columns that are padding in all of them unless `keep_width`."""
+    batch, indices = rows[0].batch, [row.index for row in rows]
+    chosen = {key: _chosen(value, indices, batch.num_rows) for key, value in batch.inputs.items()}
+    return chosen if keep_width else trim(chosen, has_targets=has_targets, multiple_of=multiple_of)
+
+
+def _chosen(value: Any, indices: Any, num_rows: int) -> Any:
+    """The entries of one row or several; what has no entries for rows is kept."""
+    if isinstance(value, torch.Tensor) and value.ndim:
+        return value[indices]
+    if isinstance(value, (list, tuple)) and len(value) == num_rows:
+        return [value[index] for index in indices] if isinstance(indices, list) else value[indices]
+    return value
