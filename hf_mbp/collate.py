@@ -5,6 +5,7 @@ import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,24 @@ def _length(values: Any) -> int:
     if len(values) > 0 and isinstance(values[0], (Sequence, torch.Tensor, np.ndarray)):
         return len(values) * max(_length(value) for value in values)
     return len(values)
+
+
+def need_one_width(row: Any) -> bool:
+    """Whether the loss of such rows depends on the padded width, so that all of a mini-batch must have the same.
+
+    Extractive question answering takes a softmax over all columns, padding included.
+    """
+    return isinstance(row, Mapping) and "start_positions" in row
+
+
+def collated(collator: Collator, groups: list[list[Any]]) -> list[Inputs]:
+    """Each group of rows, padded by the user's collator; all to one width where the loss needs that."""
+    groups = [[copy.copy(row) for row in group] for group in groups]  # collators may take things out of them
+    if len(groups) == 1 or not need_one_width(groups[0][0]):
+        return [dict(collator(group)) for group in groups]
+    whole = dict(collator(list(chain.from_iterable(groups))))
+    ends = accumulate(map(len, groups), initial=0)
+    return [select_rows(whole, list(range(start, end))) for start, end in pairwise(ends)]
 
 
 def num_rows_of(inputs: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
@@ -112,27 +112,33 @@ def prepare_inputs(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def sync_deferral(trainer: Any, model: torch.nn.Module) -> Callable[[], AbstractContextManager[Any]]:
+    """`local_gradients` for a trainer's model; models sharded at load time have a `no_sync` of their own (5.23)."""
+    own = getattr(trainer, "_defer_fsdp_gradient_reduction", None)
+    is_sharded_at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)
+    return partial(local_gradients, trainer.accelerator, model, own if is_sharded_at_load else None)
+
+
+@contextmanager
+def local_gradients(accelerator: Any, model: torch.nn.Module, no_sync: Any = None) -> Iterator[None]:
     """A context in which gradients stay on this rank, for all micro-batches of a step but the last.
 
     Besides `no_sync` the flag of Accelerate has to be cleared: stock reduces replicated parameters, and DeepSpeed's
-    wrapper steps the engine, whenever it is set. Models sharded at load time have a context of their own (from 5.23).
+    wrapper steps the engine, whenever it is set.
     """
-    own = getattr(trainer, "_defer_fsdp_gradient_reduction", None)
-    is_sharded_at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)
-    no_sync = own if own and is_sharded_at_load else partial(trainer.accelerator.no_sync, model=model)
-    state = trainer.accelerator.gradient_state
+    state = accelerator.gradient_state
+    syncs = state.sync_gradients
+    state._set_sync_gradients(False)
+    try:
+        with no_sync() if no_sync else accelerator.no_sync(model):
+            yield
+    finally:
+        state._set_sync_gradients(syncs)
 
-    @contextmanager
-    def deferred() -> Iterator[None]:
-        syncs = state.sync_gradients
-        state._set_sync_gradients(False)
-        try:
-            with no_sync():
-                yield
-        finally:
-            state._set_sync_gradients(syncs)
 
-    return deferred
+def to_device(accelerator: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs on the device of this rank."""
+    moved: dict[str, Any] = send_to_device(inputs, accelerator.device)
+    return moved
 
 
 def void_step(trainer: Any) -> None:
@@ -192,19 +198,6 @@ def accepts(model: torch.nn.Module, argument: str) -> bool:
     if hasattr(base, "get_base_model"):
         base = base.get_base_model()
     return argument in inspect.signature(base.forward).parameters
-
-
-def is_regression(model: torch.nn.Module, labels: Any) -> bool:
-    """Whether the labels of a sequence classifier are numbers and not classes, so that -100 is a target like others.
-
-    As `ForSequenceClassificationLoss` decides it; one label a row, because a language model may have `num_labels`, too.
-    """
-    config = getattr(model, "config", None)
-    problem = getattr(config, "problem_type", None)
-    if problem is None:
-        is_one_a_row = isinstance(labels, torch.Tensor) and labels.numel() == len(labels)
-        return getattr(config, "num_labels", None) == 1 and is_one_a_row
-    return problem in ("regression", "multi_label_classification")
 
 
 def warn_of_smaller_batch(trainer: Any, batch_size: int | None) -> None:

@@ -1,23 +1,23 @@
 """Feeds a trainer: turns the batches of an optimizer step into micro-batches, knowing its model, data and options."""
 
-import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import accumulate, chain, islice, pairwise
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_mbp import collate, compat, equivalence, items, memory, other_trainers, padding, probe
+from hf_mbp import collate, compat, equivalence, memory, other_trainers, probe
 from hf_mbp.collate import Batch, Inputs, KeepRows
 from hf_mbp.distributed import Ranks
 from hf_mbp.equivalence import NothingToCompareError
 from hf_mbp.plan import Budget, Cost, Ints, as_sizes, round_up, too_long_message
 from hf_mbp.precollated import CollatedRow, CollateInWorkers, cut_out
+from hf_mbp.probe import LossFunction, LossTraits
 from hf_mbp.report import StepReport, start_line
 from hf_mbp.sizing import cost_of, measure_budget
 from hf_mbp.step import MicroBatch, RowFunctions, split_mini_batch, weigh
@@ -39,15 +39,14 @@ class Feed:
         self.report = report
         self._budget: Budget | None = None
         self._cost: Cost | None = None
-        self._loss_shifts: bool | None = None
-        self._positions_from_zero: bool | None = None
+        self._traits = LossTraits()
         self._filler: MicroBatch | None = None
         self._has_warned: set[str] = set()
 
     def restart(self) -> None:
         """Forgets what was found out about the model, data and memory; a new run of training finds it out again."""
         self._budget, self._cost, self._filler = None, None, None
-        self._loss_shifts, self._positions_from_zero = None, None
+        self._traits = LossTraits()
         self.report.restart()
 
     def micro_batches(self, batches: list[Any]) -> list[MicroBatch]:
@@ -85,12 +84,7 @@ class Feed:
         """Each group of rows, padded by the user's collator; all to one width where the loss needs that."""
         if isinstance(groups[0][0], CollatedRow):
             return [self._settled(self._cut_out(group)) for group in groups]
-        groups = [[copy.copy(row) for row in group] for group in groups]  # collators may take things out of them
-        if len(groups) > 1 and _need_one_width(groups[0]):
-            whole = dict(self.trainer.data_collator(list(chain.from_iterable(groups))))
-            ends = accumulate(map(len, groups), initial=0)
-            return [collate.select_rows(whole, list(range(start, end))) for start, end in pairwise(ends)]
-        return [self._settled(dict(self.trainer.data_collator(group))) for group in groups]
+        return [self._settled(inputs) for inputs in collate.collated(self.trainer.data_collator, groups)]
 
     def _cut_out(self, rows: list[CollatedRow]) -> Inputs:
         return cut_out(
@@ -121,11 +115,12 @@ class Feed:
 
     def shifts_labels(self, inputs: Inputs) -> bool:
         """Whether the loss predicts the next token, so that the first label of a row is no item; found by trying."""
-        if self._loss_shifts is None:
-            self._loss_shifts = probe.loss_shifts_labels(*self._loss_and_modules(), inputs)
-        return self._loss_shifts
+        return self._traits.shifts_labels(*self._loss_and_modules(), inputs)
 
-    def _loss_and_modules(self) -> tuple[probe.LossFunction, list[torch.nn.Module]]:
+    def _settled(self, inputs: Inputs) -> Inputs:
+        return self._traits.settled(*self._loss_and_modules(), inputs)
+
+    def _loss_and_modules(self) -> tuple[LossFunction, list[torch.nn.Module]]:
         return partial(probe.loss_of, self.trainer), probe.modules_of(self.trainer)
 
     def num_items(self, inputs: Inputs) -> float:
@@ -138,20 +133,6 @@ class Feed:
         if not isinstance(count, (int, float)) or not count >= 0:
             raise ValueError(f"num_items(micro_batch) must return a number that is not negative, got {count!r}.")
         return count
-
-    def _settled(self, inputs: Inputs) -> Inputs:
-        if not padding.is_left_padded(inputs) or not items.has_token_labels(inputs) or not self.shifts_labels(inputs):
-            return inputs
-        return padding.settle_left_padding(inputs, add_position_ids=self._counts_positions_from_zero(inputs))
-
-    def _counts_positions_from_zero(self, inputs: Inputs) -> bool:
-        """Whether positions given as 0, 1, ... mean to the model what none given mean for an unpadded row."""
-        if self._positions_from_zero is None:
-            has_positions = compat.accepts(self.trainer.model, "position_ids")
-            self._positions_from_zero = has_positions and probe.counts_positions_from_zero(
-                *self._loss_and_modules(), inputs
-            )
-        return self._positions_from_zero
 
     def _has_targets(self) -> bool:
         return bool(getattr(getattr(self.trainer.model, "config", None), "is_encoder_decoder", False))
@@ -290,12 +271,8 @@ class Feed:
 
 
 def _need_one_width(rows: list[Any]) -> bool:
-    """Whether the loss depends on the padded width, so that all rows of a mini-batch must have the same.
-
-    Extractive question answering takes a softmax over all columns, padding included.
-    """
-    first = rows[0].batch.inputs if rows and isinstance(rows[0], CollatedRow) else rows[0] if rows else None
-    return isinstance(first, Mapping) and "start_positions" in first
+    first = rows[0]
+    return collate.need_one_width(first.batch.inputs if isinstance(first, CollatedRow) else first)
 
 
 def _describe(budget: Budget, max_tokens: int) -> str:

@@ -8,10 +8,19 @@ and so is its gradient. The factor is the micro-batch's share. All that has to b
 that is where exactness is won or lost.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from hf_mbp.collate import Inputs, num_rows_of
 from hf_mbp.padding import IGNORE_INDEX
+
+
+def items_of(inputs: Inputs, config: Any, shifts_labels: Callable[[Inputs], bool]) -> int:
+    """Items of collated inputs for a model with this `config`; `shifts_labels` is asked only where it matters."""
+    shifts = has_token_labels(inputs) and "shift_labels" not in inputs and shifts_labels(inputs)
+    return count_items(inputs, shifts=shifts, is_regression=is_regression(config, inputs.get("labels")))
 
 
 def count_items(inputs: Inputs, *, shifts: bool, is_regression: bool = False) -> int:
@@ -39,6 +48,18 @@ def has_token_labels(inputs: Inputs) -> bool:
     """Whether there are integer labels of more than one dimension, which a loss may or may not shift."""
     labels = inputs.get("labels")
     return isinstance(labels, torch.Tensor) and labels.ndim >= 2 and not labels.is_floating_point()
+
+
+def is_regression(config: Any, labels: Any) -> bool:
+    """Whether the labels of a sequence classifier are numbers and not classes, so that -100 is a target like others.
+
+    As `ForSequenceClassificationLoss` decides it; one label a row, because a language model may have `num_labels`, too.
+    """
+    problem = getattr(config, "problem_type", None)
+    if problem is None:
+        is_one_a_row = isinstance(labels, torch.Tensor) and labels.numel() == len(labels)
+        return getattr(config, "num_labels", None) == 1 and is_one_a_row
+    return problem in ("regression", "multi_label_classification")
 
 
 def shift_probes(inputs: Inputs) -> tuple[Inputs, Inputs]:

@@ -10,8 +10,8 @@ import torch
 
 from hf_mbp import compat
 from hf_mbp.collate import Inputs, seeded
-from hf_mbp.items import count_items, shift_probes
-from hf_mbp.padding import without_padding
+from hf_mbp.items import count_items, has_token_labels, shift_probes
+from hf_mbp.padding import is_left_padded, settle_left_padding, without_padding
 
 LossFunction = Callable[[Inputs, float], torch.Tensor]
 """The mean loss of collated inputs, which have so many items."""
@@ -105,17 +105,34 @@ def batch_norms_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, kinds) and module.training]
 
 
-def loss_shifts_labels(loss: LossFunction, modules: list[torch.nn.Module], inputs: Inputs) -> bool:
-    """Whether the loss predicts the next token, so that a label in the first column changes nothing.
+class LossTraits:
+    """What a model's loss makes of labels and padding, found out by trying, once."""
 
-    Neither the name nor the loss mapping of a model tells: BartForCausalLM does not shift, GPT-2 does and has no loss
-    type.
-    """
-    without, with_first = _values(loss, modules, *shift_probes(inputs))
-    return isclose(without, with_first, rel_tol=ROUNDING) or (isnan(without) and isnan(with_first))
+    def __init__(self) -> None:
+        self._shifts: bool | None = None
+        self._from_zero: bool | None = None
+
+    def shifts_labels(self, loss: LossFunction, modules: list[torch.nn.Module], inputs: Inputs) -> bool:
+        """Whether the loss predicts the next token, so that a label in the first column changes nothing.
+
+        Neither the name nor the loss mapping of a model tells: BartForCausalLM does not shift, GPT-2 does and has no
+        loss type.
+        """
+        if self._shifts is None:
+            without, with_first = _values(loss, modules, *shift_probes(inputs))
+            self._shifts = isclose(without, with_first, rel_tol=ROUNDING) or (isnan(without) and isnan(with_first))
+        return self._shifts
+
+    def settled(self, loss: LossFunction, modules: list[torch.nn.Module], inputs: Inputs) -> Inputs:
+        """Inputs that do not depend on the width they are padded to; see `padding.settle_left_padding`."""
+        if not is_left_padded(inputs) or not has_token_labels(inputs) or not self.shifts_labels(loss, modules, inputs):
+            return inputs
+        if self._from_zero is None:
+            self._from_zero = compat.accepts(modules[0], "position_ids") and _counts_from_zero(loss, modules, inputs)
+        return settle_left_padding(inputs, add_position_ids=self._from_zero)
 
 
-def counts_positions_from_zero(loss: LossFunction, modules: list[torch.nn.Module], inputs: Inputs) -> bool:
+def _counts_from_zero(loss: LossFunction, modules: list[torch.nn.Module], inputs: Inputs) -> bool:
     """Whether the model places an unpadded row at the positions 0, 1, ...; some start elsewhere, or number images."""
     unpadded = without_padding(inputs)
     positions = torch.arange(unpadded["input_ids"].shape[-1]).expand_as(unpadded["input_ids"])

@@ -79,9 +79,7 @@ class MBPMixin(_Base):
         inputs = dict(micro_batch)
         if (known := other_trainers.num_items(self, inputs)) is not None:
             return known
-        shifts = items.has_token_labels(inputs) and "shift_labels" not in inputs and self.mbp_feed.shifts_labels(inputs)
-        is_regression = compat.is_regression(self.model, inputs.get("labels"))
-        return items.count_items(inputs, shifts=shifts, is_regression=is_regression)
+        return items.items_of(inputs, getattr(self.model, "config", None), self.mbp_feed.shifts_labels)
 
     def row_length(self, row: Any) -> int:
         """Tokens of a row of the data set; override it where the size is elsewhere.

@@ -14,6 +14,7 @@ LAYERS = [
     "cli",
     "__init__",
     "trainer",
+    "loop",
     "feed",
     "report",
     "call_metrics",

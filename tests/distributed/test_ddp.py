@@ -22,12 +22,12 @@ from tests.helpers import (
 ROOT = Path(__file__).parents[2]
 
 
-def launch(folder: Path, *arguments: Any) -> list[Any]:
+def launch(folder: Path, *arguments: Any, worker: str = "worker") -> list[Any]:
     """What each of two ranks saved; fails if they hang."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(  # noqa: S603
-        [*command, "-m", "tests.distributed.worker", str(folder), *map(str, arguments)],
+        [*command, "-m", f"tests.distributed.{worker}", str(folder), *map(str, arguments)],
         cwd=ROOT,
         env=environment,
         timeout=200,
@@ -59,3 +59,17 @@ def test_a_rank_without_items_and_a_loss_that_divides_by_them(tmp_path: Path) ->
     expected = whole_gradients(model, lambda m: m(**Pad()(rows[:16])).loss)[1]
     for rank in ranks:
         assert relative_error(expected, rank["gradients"][0]) < 3e-6
+
+
+def test_a_loop_without_a_trainer(tmp_path: Path) -> None:
+    """13 rows on one rank, 3 on the other, some without labels."""
+    ranks = launch(tmp_path, worker="loop_worker")
+    rows = rows_of("sparse")[:16]
+    whole_loss, expected = whole_gradients(
+        build(LlamaForCausalLM, llama_config()), lambda model: model(**Pad()(rows)).loss
+    )
+    for rank in ranks:
+        assert relative_error(expected, rank["gradients"]) < 3e-6
+        assert rank["report"]["loss"] == pytest.approx(whole_loss, rel=1e-6)
+        assert rank["report"]["num_items"] == sum(label != -100 for row in rows for label in row["labels"][1:])
+    assert ranks[0]["report"]["num_micro_batches"] > 3
