@@ -98,15 +98,24 @@ def _replaced(row: Any, values: Mapping[str, Any]) -> Any:
     return replaced
 
 
-def row_length(row: Any) -> int:
+def row_length(row: Any, tokenizer: Any = None) -> int:
     """Tokens of a row, as its collator will lay them out; 1 where there are none.
 
     The length of `input_ids`, over all choices where it has several; both sides of a pair (`chosen_ids` and
     `rejected_ids`, after `prompt_ids`, as TRL has them), which are padded to the longer one; the frames of a sound
-    (`input_features`, `[mels, frames]`, or `input_values`).
+    (`input_features`, `[mels, frames]`, or `input_values`); else what `tokenizer` makes of its texts, for collators
+    that tokenise.
     """
-    if not isinstance(row, Mapping):
-        return 1
+    length = _tokens_of(row) if isinstance(row, Mapping) else 1
+    if length is None and hasattr(tokenizer, "model_max_length"):
+        length = min(
+            sum(len(tokenizer(text, verbose=False)["input_ids"]) for text in _texts(row)),
+            tokenizer.model_max_length,
+        )
+    return 1 if length is None else length
+
+
+def _tokens_of(row: Mapping[str, Any]) -> int | None:
     if row.get("input_ids") is not None:
         return _length(row["input_ids"])
     if row.get("chosen_ids") is not None and row.get("rejected_ids") is not None:
@@ -115,7 +124,16 @@ def row_length(row: Any) -> int:
         return 2 * (longer + (0 if prompt is None else _length(prompt)))
     if row.get("input_features") is not None:
         return num_frames(row["input_features"])
-    return 1 if row.get("input_values") is None else _length(row["input_values"])
+    return None if row.get("input_values") is None else _length(row["input_values"])
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The strings in a row, as deep as they lie: the messages of a chat are dictionaries in a list."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
 
 
 def num_frames(features: Any) -> int:
@@ -166,22 +184,22 @@ def num_rows_of(inputs: Mapping[str, Any]) -> int:
     return next((value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim), 1)
 
 
-def count_cells(inputs: Mapping[str, Any], *, with_targets: bool) -> int:
-    """Padded tokens (frames of a sound) of collated inputs; rows where there are none.
+def count_cells(inputs: Mapping[str, Any], *, with_targets: bool) -> int | None:
+    """Padded tokens (frames of a sound) of collated inputs; `None` where there are none to be counted.
 
     Tokens of all columns where there are several (`sentence_0_input_ids`, ...), and of `labels` for an encoder-decoder.
     """
     columns = [value for key, value in inputs.items() if key.endswith("input_ids") and key != "decoder_input_ids"]
     cells = sum(value.numel() for value in columns if isinstance(value, torch.Tensor)) or _sound_cells(inputs)
+    if cells is None:
+        return None
     labels = inputs.get("labels") if with_targets else None
     return cells + (labels.numel() if isinstance(labels, torch.Tensor) else 0)
 
 
-def _sound_cells(inputs: Mapping[str, Any]) -> int:
-    for key in ("input_features", "input_values"):
-        if isinstance(inputs.get(key), torch.Tensor):
-            return len(inputs[key]) * num_frames(inputs[key])
-    return num_rows_of(inputs)
+def _sound_cells(inputs: Mapping[str, Any]) -> int | None:
+    sounds = (inputs[key] for key in ("input_features", "input_values") if isinstance(inputs.get(key), torch.Tensor))
+    return next((len(sound) * num_frames(sound) for sound in sounds), None)
 
 
 def select_rows(inputs: Mapping[str, Any], indices: list[int]) -> Inputs:

@@ -10,7 +10,7 @@ import torch
 from torch.linalg import vector_norm
 
 from hf_mbp import compat
-from hf_mbp.collate import Inputs, num_rows_of, select_rows
+from hf_mbp.collate import Inputs, select_rows
 from hf_mbp.padding import is_left_padded, trim
 from hf_mbp.probe import batch_norms_of, loss_of, modules_of, undisturbed, without_dropout
 
@@ -25,6 +25,8 @@ SMALL_GRADIENT = 1e-3
 """A parameter whose gradient is a thousandth of the largest is compared with that: some, as the bias of attention
 keys, have none but rounding."""
 
+NO_GRADIENT = 1e-9
+"""Norm below which a gradient is rounding, and a comparison would compare noise: rows that are all alike, say."""
 
 CLEARLY_LONGER = 1.5
 """Ratio of lengths from which padding takes a visible part of the shorter row."""
@@ -72,7 +74,7 @@ class InexactError(ValueError):
 
 
 class NothingToCompareError(ValueError):
-    """There are not two rows with loss items."""
+    """There are not two rows with loss items, or they have no gradient."""
 
 
 def check_equivalence(trainer: Any, num_rows: int = 8) -> EquivalenceReport:
@@ -87,8 +89,8 @@ def check_equivalence(trainer: Any, num_rows: int = 8) -> EquivalenceReport:
         num_rows: how many rows to compare, at least 2.
 
     Raises:
-        ValueError: there are fewer than two rows with loss items, the training data comes ready-made in batches, or
-            the model is sharded (FSDP, DeepSpeed), where one rank cannot run it alone.
+        ValueError: there are fewer than two rows with loss items, they have no gradient, the training data comes
+            ready-made in batches, or the model is sharded (FSDP, DeepSpeed), where one rank cannot run it alone.
 
     Example:
         `print(check_equivalence(trainer))` before `trainer.train()`.
@@ -142,7 +144,7 @@ class _Comparison:
         self.smallest = 2 if batch_norms_of(trainer.model) else 1  # one row has no variance to normalise by
         self.groups = _uneven_groups(len(self.rows), self.smallest)
         (self.whole,) = trainer.mbp_feed.collate([self.rows])
-        self.is_dense = num_rows_of(self.whole) == len(self.rows)
+        self.is_dense = _has_entry_for_each_row(self.whole, len(self.rows))
         (again,) = trainer.mbp_feed.collate([self.rows])
         self.is_random = self.is_dense and not _same(self.whole, again)
         self.parts = self.collate(self.groups)
@@ -204,6 +206,8 @@ class _Comparison:
 
     def report(self) -> EquivalenceReport:
         whole_loss, whole = self.backward([self.whole])
+        if max(map(_norm, whole), default=0.0) < NO_GRADIENT:
+            raise NothingToCompareError("the rows that would be compared have no gradient.")
         split_loss, split = self.backward(self.parts)
         error = _relative_error(whole, split)
         return EquivalenceReport(
@@ -230,6 +234,11 @@ def _labels_of(row: Any) -> Any:
     """The label of a row if it is one value; rows with a label a token differ anyway."""
     values = row.items() if isinstance(row, Mapping) else ()
     return [value for key, value in values if "label" in str(key) and getattr(value, "__len__", None) is None]
+
+
+def _has_entry_for_each_row(inputs: Inputs, num_rows: int) -> bool:
+    """Whether rows can be cut out: not of sequences laid end to end, pairs, or images packed into patches."""
+    return all(len(value) == num_rows for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim)
 
 
 def _same(one: Inputs, other: Inputs) -> bool:
@@ -350,7 +359,8 @@ def _reduction(comparison: _Comparison) -> str | None:
     if max(map(abs, single)) <= 1e-3 * abs(whole):
         return (
             "The loss compares the rows of a batch with each other (a contrastive loss): a row alone has none, and "
-            "micro-batches have fewer rows to compare. It cannot be split by rows."
+            "micro-batches have fewer rows to compare. It cannot be split by rows: train it unsplit, in "
+            "sentence-transformers with one of the Cached losses."
         )
     weights = _item_weights(comparison, single)
     if weights and explains(sum(w * value for w, value in zip(weights, single, strict=True)) / sum(weights)):

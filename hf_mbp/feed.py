@@ -30,6 +30,10 @@ CHECKED_ROWS = 8
 """Rows of the first step that exactness is checked on, the shortest: enough for uneven micro-batches, and cheap."""
 
 
+SLOW_COLLATION = 0.1
+"""Share of the time of a step from which collation is worth moving to the workers."""
+
+
 class Feed:
     """What stands between the data loader and the steps of one trainer."""
 
@@ -41,13 +45,26 @@ class Feed:
         self._cost: Cost | None = None
         self._traits = LossTraits()
         self._filler: MicroBatch | None = None
+        self._left_over: list[Any] = []
         self._has_warned: set[str] = set()
 
     def restart(self) -> None:
         """Forgets what was found out about the model, data and memory; a new run of training finds it out again."""
         self._budget, self._cost, self._filler = None, None, None
+        self._left_over = []
         self._traits = LossTraits()
         self.report.restart()
+
+    def whole_step(self, batches: list[Any], num_batches: int) -> list[Any]:
+        """The batches of a whole optimizer step; those of a step that the end of the data cuts short wait for the next.
+
+        Stock does not step then, and adds their gradient to that of the next step.
+        """
+        self._left_over += batches
+        if len(batches) < num_batches and self.ranks.count == 1:
+            return []
+        whole, self._left_over = self._left_over, []
+        return whole
 
     def micro_batches(self, batches: list[Any]) -> list[MicroBatch]:
         """The weighed micro-batches of an optimizer step, from what its data loader returned."""
@@ -84,7 +101,9 @@ class Feed:
         """Each group of rows, padded by the user's collator; all to one width where the loss needs that."""
         if isinstance(groups[0][0], CollatedRow):
             return [self._settled(self._cut_out(group)) for group in groups]
-        return [self._settled(inputs) for inputs in collate.collated(self.trainer.data_collator, groups)]
+        with self.report.collation():
+            collated = collate.collated(self.trainer.data_collator, groups)
+        return [self._settled(inputs) for inputs in collated]
 
     def _cut_out(self, rows: list[CollatedRow]) -> Inputs:
         return cut_out(
@@ -137,7 +156,7 @@ class Feed:
     def _has_targets(self) -> bool:
         return bool(getattr(getattr(self.trainer.model, "config", None), "is_encoder_decoder", False))
 
-    def _num_cells(self, inputs: Mapping[str, Any]) -> int:
+    def _num_cells(self, inputs: Mapping[str, Any]) -> int | None:
         return collate.count_cells(inputs, with_targets=self._has_targets())
 
     # From rows to micro-batches
@@ -164,10 +183,20 @@ class Feed:
                     rows, sizes, budget=budget, cost=cost, functions=functions, ranks=self.ranks
                 )
         self.report.add_step(micro_batches, batch_sizes, max_tokens)
+        self._note_slow_collation()
         if is_first_step and self.trainer.is_world_process_zero():
             num_rows = sum(map(len, batches))
             tqdm.write(start_line(num_rows, micro_batches, batch_sizes, _describe(budget, max_tokens), check))
         return micro_batches
+
+    def _note_slow_collation(self) -> None:
+        share = self.report.collation_share
+        if share > SLOW_COLLATION and "slow collation" not in self._has_warned and self.trainer.is_world_process_zero():
+            self._has_warned.add("slow collation")
+            tqdm.write(
+                f"hf_mbp: {share:.0%} of the time goes into the data collator, which runs in the main process. "
+                "MBPConfig(collate_in='workers') with dataloader_num_workers runs it beside the training."
+            )
 
     def _ready_made(self, batch: Any) -> MicroBatch:
         """A batch of the user's own loader: one micro-batch, as it is."""
@@ -176,7 +205,7 @@ class Feed:
                 f"get_train_dataloader returned a batch of type {type(batch).__name__}: a batch must be a dictionary "
                 "of the model's inputs. Return one from your collator, or build on super().get_train_dataloader()."
             )
-        cells = self._num_cells(batch)
+        cells = self._num_cells(batch) or collate.num_rows_of(batch)
         return MicroBatch(
             inputs=dict(batch),
             num_rows=collate.num_rows_of(batch),
@@ -261,7 +290,8 @@ class Feed:
         except NothingToCompareError as nothing:
             outcome = f"Exactness was not checked: {nothing}"
         is_exact = all(exact for (exact,) in self.ranks.gather(report is None or report.is_exact))
-        equivalence.settle(report, is_exact, self.trainer.mbp_config.on_inexact)
+        is_refused = other_trainers.is_sentence_transformers(self.trainer)
+        equivalence.settle(report, is_exact, "error" if is_refused else self.trainer.mbp_config.on_inexact)
         if report is None:
             return outcome
         verdict = "Checked to be exact" if is_exact else "NOT exact"

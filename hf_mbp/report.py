@@ -1,6 +1,8 @@
 """What the steps did: numbers for the logs, and a line for the reader."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hf_mbp.distributed import Ranks
@@ -9,6 +11,10 @@ from hf_mbp.step import MicroBatch
 
 MEASURED = ("mbp_tokens_per_second", "mbp_peak_memory_bytes")
 """Log entries that differ from run to run."""
+
+
+STEPS_TO_JUDGE = 10
+"""Steps after which it can be said what takes their time: the first one also holds the check and the sizing."""
 
 
 @dataclass
@@ -21,6 +27,7 @@ class Counts:
     tokens: int = 0
     unsplit_cells: int = 0
     seconds: float = 0.0
+    collation_seconds: float = 0.0
 
     def add(self, other: "Counts") -> None:
         """Adds another count to this one."""
@@ -33,7 +40,7 @@ class Counts:
         values = dict(zip(vars(self), gathered, strict=True))
         merge = {"cells": sum, "tokens": sum, "unsplit_cells": sum}
         merged = {name: merge.get(name, max)(numbers) for name, numbers in values.items()}
-        return Counts(**{name: value if name == "seconds" else int(value) for name, value in merged.items()})
+        return Counts(**{name: value if "seconds" in name else int(value) for name, value in merged.items()})
 
     @property
     def tokens_per_second(self) -> float:
@@ -74,6 +81,21 @@ class StepReport:
         if self._started is not None:
             self.since_log.seconds += time.perf_counter() - self._started
             self._started = None
+
+    @contextmanager
+    def collation(self) -> Iterator[None]:
+        """Around a call of the user's collator in the main process."""
+        started = time.perf_counter()
+        yield
+        self.since_log.collation_seconds += time.perf_counter() - started
+
+    @property
+    def collation_share(self) -> float:
+        """Share of the time of the steps so far that went into collation; 0 before there are enough to tell."""
+        steps = self.total.steps + self.since_log.steps
+        seconds = self.total.seconds + self.since_log.seconds
+        collation_seconds = self.total.collation_seconds + self.since_log.collation_seconds
+        return collation_seconds / seconds if steps >= STEPS_TO_JUDGE and seconds else 0.0
 
     def add_step(self, micro_batches: list[MicroBatch], batches: list[Ints], max_tokens: int) -> None:
         """Notes the micro-batches of a step and, to compare, the row sizes of its batches as they were read."""

@@ -43,12 +43,13 @@ class MicroBatch:
 class RowFunctions:
     """What has to be known about the user's rows.
 
-    `collate` pads each of the given groups of rows, `num_items` and `num_cells` count what it returns.
+    `collate` pads each of the given groups of rows, `num_items` and `num_cells` count what it returns; `None` for cells
+    that cannot be counted, as of images: then they are what was planned.
     """
 
     collate: Callable[[list[list[Any]]], list[Inputs]]
     num_items: Callable[[Inputs], float]
-    num_cells: Callable[[Inputs], int]
+    num_cells: Callable[[Inputs], int | None]
 
 
 def split_mini_batch(
@@ -74,7 +75,8 @@ def collate_groups(
     """
     micro_batches = []
     for group, inputs in zip(groups, functions.collate([[rows[i] for i in group] for group in groups]), strict=True):
-        cells = functions.num_cells(inputs)
+        counted = functions.num_cells(inputs)
+        cells = len(group) * int(sizes[group].max(axis=0).sum()) if counted is None else counted
         if len(group) > 1 and not budget.fits(len(group), Fraction(cells, len(group))):
             half = len(group) // 2
             micro_batches += collate_groups(rows, sizes, [group[:half], group[half:]], budget, functions)

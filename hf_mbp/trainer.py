@@ -84,9 +84,11 @@ class MBPMixin(_Base):
     def row_length(self, row: Any) -> int:
         """Tokens of a row of the data set; override it where the size is elsewhere.
 
-        Here: of its `input_ids`, of both sides of a pair, or the frames of its sound; 1 where there are none.
+        Here: of its `input_ids`, of both sides of a pair, or the frames of its sound; of its texts, by the trainer's
+        tokenizer, if the collator is to tokenise them; 1 where there is none of these.
         """
-        return collate.row_length(row)
+        processor = self.processing_class
+        return collate.row_length(row, getattr(processor, "tokenizer", processor))
 
     # What the stock loop calls
 
@@ -118,7 +120,8 @@ class MBPMixin(_Base):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return [], None
-        piles = deal(self.mbp_feed.micro_batches(batches), len(batches))
+        step = self.mbp_feed.whole_step(batches, num_batches)
+        piles = deal(self.mbp_feed.micro_batches(step) if step else [], len(batches))
         return [MicroBatches(pile) for pile in piles], None
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
