@@ -12,7 +12,7 @@ from torch.linalg import vector_norm
 from hf_mbp import compat
 from hf_mbp.collate import Inputs, select_rows
 from hf_mbp.padding import is_left_padded, trim
-from hf_mbp.probe import batch_norms_of, loss_of, modules_of, undisturbed, without_dropout
+from hf_mbp.probe import batch_norms_of, kept_collator, loss_of, modules_of, undisturbed, without_dropout
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 """Largest relative error that passes, by the dtype of the computation: far above rounding (1e-7 in float64, because
@@ -100,14 +100,14 @@ def check_equivalence(trainer: Any, num_rows: int = 8) -> EquivalenceReport:
             "check_equivalence needs the whole model on each rank, and FSDP and DeepSpeed shard it. Run the check "
             "once in one process without them."
         )
-    with undisturbed(modules_of(trainer)):
+    with undisturbed(modules_of(trainer)), kept_collator(trainer.data_collator):
         rows = trainer.mbp_feed.sample(num_rows * 8)
     return compare(trainer, rows, num_rows)
 
 
 def compare(trainer: Any, rows: list[Any], num_rows: int) -> EquivalenceReport:
     """`check_equivalence` on the shortest `num_rows` of the given rows."""
-    with undisturbed(modules_of(trainer)):
+    with undisturbed(modules_of(trainer)), kept_collator(trainer.data_collator):
         without_dropout(trainer.model)
         return _Comparison(trainer, rows, num_rows).report()
 

@@ -1,7 +1,8 @@
 """Feeds a trainer: turns the batches of an optimizer step into micro-batches, knowing its model, data and options."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain, islice
@@ -30,6 +31,9 @@ CHECKED_ROWS = 8
 """Rows of the first step that exactness is checked on, the shortest: enough for uneven micro-batches, and cheap."""
 
 
+PADDED_ROWS = 0.05
+"""Share of padding in rows as they come from the data set from which the reader is told."""
+
 SLOW_COLLATION = 0.1
 """Share of the time of a step from which collation is worth moving to the workers."""
 
@@ -54,6 +58,14 @@ class Feed:
         self._left_over = []
         self._traits = LossTraits()
         self.report.restart()
+
+    @contextmanager
+    def without_kept_budget(self) -> Iterator[None]:
+        """The state of the trainer without what was kept there."""
+        kept = self.trainer.state.stateful_callbacks.pop(STATE_KEY, None)
+        yield
+        if kept is not None:
+            self.trainer.state.stateful_callbacks[STATE_KEY] = kept
 
     def whole_step(self, batches: list[Any], num_batches: int) -> list[Any]:
         """The batches of a whole optimizer step; those of a step that the end of the data cuts short wait for the next.
@@ -187,7 +199,17 @@ class Feed:
         if is_first_step and self.trainer.is_world_process_zero():
             num_rows = sum(map(len, batches))
             tqdm.write(start_line(num_rows, micro_batches, batch_sizes, _describe(budget, max_tokens), check))
+            self._note_padded_rows(micro_batches, batch_sizes)
         return micro_batches
+
+    def _note_padded_rows(self, micro_batches: list[MicroBatch], batch_sizes: list[Ints]) -> None:
+        tokens = sum(micro_batch.tokens for micro_batch in micro_batches)
+        came = sum(int(sizes.sum()) for sizes in batch_sizes)
+        if tokens < (1 - PADDED_ROWS) * came and not self._multiple_of():
+            tqdm.write(
+                f"hf_mbp: {1 - tokens / came:.0%} of the tokens in these rows is padding that they came with. Tokenise "
+                "without padding (not padding='max_length'), and let the data collator pad."
+            )
 
     def _note_slow_collation(self) -> None:
         share = self.report.collation_share

@@ -65,13 +65,20 @@ def is_regression(config: Any, labels: Any) -> bool:
 def shift_probes(inputs: Inputs) -> tuple[Inputs, Inputs]:
     """Two micro-batches that only a loss which does not shift its labels can tell apart.
 
-    The first has no labels in column 0, the second has: those that stand there, or else another label of the row.
+    They differ in the labels of column 0: those that stand there, and others of the batch. Where that is not possible,
+    the first has none there, and the second has.
     """
     labels = inputs["labels"]
     without, with_first = labels.clone(), labels.clone()
-    without[..., 0] = IGNORE_INDEX
-    if not bool((labels[..., 0] != IGNORE_INDEX).any()):
-        with_first[..., 0] = labels.clamp(min=0).amax(dim=-1)
+    first, known = labels[..., 0], labels[labels != IGNORE_INDEX].unique()
+    has_first = first != IGNORE_INDEX
+    if bool(has_first.any()) and len(known) > 1:
+        other = torch.where(first == known[0], known[-1], known[0])
+        with_first[..., 0] = torch.where(has_first, other, first)
+    else:
+        without[..., 0] = IGNORE_INDEX
+        if not bool(has_first.any()):
+            with_first[..., 0] = labels.clamp(min=0).amax(dim=-1)
     return {**inputs, "labels": without}, {**inputs, "labels": with_first}
 
 

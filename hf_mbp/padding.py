@@ -76,15 +76,24 @@ def without_padding(inputs: Inputs) -> Inputs:
     return {**row, "labels": labels}
 
 
+def can_be_cut(inputs: Inputs) -> bool:
+    """Whether rows can be shortened: not images and sounds, nor texts with places for them, nor packed sequences."""
+    token_ids = inputs.get("input_ids")
+    if not isinstance(token_ids, torch.Tensor):
+        return False
+    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim]
+    is_whole = all(len(value) == len(token_ids) for value in tensors)
+    return is_whole and not any(value.is_floating_point() and value.ndim > 2 for value in tensors)
+
+
 def cut_columns(inputs: Inputs, width: int) -> Inputs:
     """Rows cut to `width` tokens: the first ones and the last, which some models look for.
 
     Cut is what has as many columns as `input_ids`.
     """
-    token_ids = inputs.get("input_ids")
-    if not isinstance(token_ids, torch.Tensor) or token_ids.shape[-1] <= width:
+    full = inputs["input_ids"].shape[-1]
+    if full <= width:
         return inputs
-    full = token_ids.shape[-1]
     kept = [*range(width - 1), full - 1]
     return {key: _cut(value, full, kept) for key, value in inputs.items()}
 

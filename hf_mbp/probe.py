@@ -1,11 +1,14 @@
 """Runs the user's model and loss on the side, and leaves no trace."""
 
 import copy
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from math import isclose, isnan
 from typing import Any
 
+import numpy as np
 import torch
 
 from hf_mbp import compat
@@ -61,6 +64,32 @@ def undisturbed(modules: list[torch.nn.Module]) -> Iterator[None]:
                 module.training = was_training
             if hasattr(config, "problem_type"):
                 config.problem_type = problem_type
+
+
+@contextmanager
+def kept_collator(collator: Any) -> Iterator[None]:
+    """Restores the attributes of a collator, and the states of the random generators of its own among them."""
+    attributes = getattr(collator, "__dict__", {})
+    before = dict(attributes)
+    restore = [_restorer(value) for value in before.values()]
+    try:
+        yield
+    finally:
+        attributes.clear()
+        attributes.update(before)
+        for put_back in restore:
+            put_back()
+
+
+def _restorer(generator: Any) -> Callable[[], Any]:
+    """What puts a random generator into the state it has now; does nothing for anything else."""
+    if isinstance(generator, torch.Generator):
+        return partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.Random):
+        return partial(generator.setstate, generator.getstate())
+    if isinstance(generator, np.random.Generator):
+        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    return lambda: None
 
 
 @contextmanager

@@ -7,9 +7,9 @@ import torch
 
 from hf_mbp import compat, memory
 from hf_mbp.collate import num_rows_of
-from hf_mbp.padding import cut_columns, with_padding
+from hf_mbp.padding import can_be_cut, cut_columns, with_padding
 from hf_mbp.plan import Budget, Cost, Ints
-from hf_mbp.probe import loss_of, modules_of, undisturbed
+from hf_mbp.probe import kept_collator, loss_of, modules_of, undisturbed
 
 PROBE_CELLS, PROBE_ROWS = 256, (2, 8)
 """Cells of a micro-batch that is run to measure its memory: from here on bytes per cell hardly change. Not more rows,
@@ -88,7 +88,7 @@ def measure_budget(trainer: Any, rows: list[Any], sizes: Ints) -> Budget:
     lengths = sizes.sum(axis=1)
     longest = int(lengths.max())
     widths = sorted({min(longest, NARROW), min(longest, WIDE)})
-    with undisturbed(modules_of(trainer)):
+    with undisturbed(modules_of(trainer)), kept_collator(trainer.data_collator):
         trainer.model.train()
         measured = [_measure(trainer, rows[int(lengths.argmax())], longest, width) for width in widths]
     pending = memory.pending_training_bytes(list(trainer.model.parameters()), trainer.optimizer)
@@ -101,9 +101,9 @@ def _measure(trainer: Any, row: Any, length: int, width: int) -> tuple[int, int,
     fewest, most = PROBE_ROWS
     num_rows = min(most, max(fewest, -(-PROBE_CELLS // width)))
     (inputs,) = trainer.mbp_feed.collate([[row] * num_rows])
-    if num_rows_of(inputs) == num_rows:
+    if can_be_cut(inputs) and num_rows_of(inputs) == num_rows:
         inputs = with_padding(cut_columns(inputs, width))
-    else:  # rows laid end to end cannot be cut
+    else:
         width = length
     for parameter in trainer.model.parameters():
         if parameter.requires_grad and parameter.grad is None:

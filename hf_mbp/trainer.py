@@ -30,6 +30,12 @@ class MicroBatches:
     def __contains__(self, key: object) -> bool:
         return False
 
+    def __getitem__(self, key: object) -> Any:
+        raise TypeError(
+            "training_step gets the micro-batches of a step and not a dictionary of inputs. Override compute_loss, "
+            "which gets each of them; or put your training_step behind the mixin: class Mine(MBPMixin, YourTrainer)."
+        )
+
 
 class MBPMixin(_Base):
     """Micro-batch processing for any subclass of `transformers.Trainer`; put it before that class.
@@ -45,6 +51,7 @@ class MBPMixin(_Base):
     * `get_batch_samples`: plans and pads the rows of a whole optimizer step.
     * `training_step`: runs the micro-batches, each by the `training_step` of the next class.
     * `log`, `_maybe_log_save_evaluate`: the `mbp_` entries, and the clock behind them.
+    * `_load_callback_state`: hides the budget, which a checkpoint keeps among the states of callbacks.
     * `floating_point_ops`, `_track_num_input_tokens`: count what the stock loop asks about a batch.
 
     What users may override: `num_items` for a loss of their own and `row_length` for rows whose size is not in
@@ -164,6 +171,11 @@ class MBPMixin(_Base):
         """Stops the clock of the step first, so that evaluation and saving are not counted."""
         self._report.stop_clock()
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _load_callback_state(self) -> None:
+        """The stock one, which would warn of a callback that is none: the budget lies among their states."""
+        with self.mbp_feed.without_kept_budget():
+            super()._load_callback_state()
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Of all the micro-batches that stand in for a batch."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     BertConfig,
     GPT2Config,
@@ -127,6 +128,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
         unk_token="[UNK]",
         mask_token="[MASK]",
     )
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """`tokenizer` that splits texts at spaces."""
+    words = tokenizer()
+    words.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    return words
 
 
 class Recorder(TrainerCallback):
