@@ -1,9 +1,7 @@
 """Feeds a trainer: turns the batches of an optimizer step into micro-batches, knowing its model, data and options."""
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Mapping
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -19,23 +17,13 @@ from hf_mbp.equivalence import NothingToCompareError
 from hf_mbp.plan import Budget, Cost, Ints, as_sizes, round_up, too_long_message
 from hf_mbp.precollated import CollatedRow, CollateInWorkers, cut_out
 from hf_mbp.probe import LossFunction, LossTraits
-from hf_mbp.report import StepReport, start_line
-from hf_mbp.sizing import cost_of, measure_budget
+from hf_mbp.report import StepReport, padded_rows_note, start_line
+from hf_mbp.run_budget import RunBudget
+from hf_mbp.sizing import cost_of
 from hf_mbp.step import MicroBatch, RowFunctions, split_mini_batch, weigh
-
-STATE_KEY = "hf_mbp"
-"""Where the trainer state of a checkpoint keeps the budget, so that a resumed run plans as the first one did."""
-
 
 CHECKED_ROWS = 8
 """Rows of the first step that exactness is checked on, the shortest: enough for uneven micro-batches, and cheap."""
-
-
-PADDED_ROWS = 0.05
-"""Share of padding in rows as they come from the data set from which the reader is told."""
-
-SLOW_COLLATION = 0.1
-"""Share of the time of a step from which collation is worth moving to the workers."""
 
 
 class Feed:
@@ -45,27 +33,20 @@ class Feed:
         self.trainer = trainer
         self.ranks = ranks
         self.report = report
-        self._budget: Budget | None = None
+        self.budget = RunBudget(trainer, ranks)
         self._cost: Cost | None = None
         self._traits = LossTraits()
         self._filler: MicroBatch | None = None
         self._left_over: list[Any] = []
-        self._has_warned: set[str] = set()
+        self._has_told: set[str] = set()
 
     def restart(self) -> None:
         """Forgets what was found out about the model, data and memory; a new run of training finds it out again."""
-        self._budget, self._cost, self._filler = None, None, None
+        self.budget.forget()
+        self._cost, self._filler = None, None
         self._left_over = []
         self._traits = LossTraits()
         self.report.restart()
-
-    @contextmanager
-    def without_kept_budget(self) -> Iterator[None]:
-        """The state of the trainer without what was kept there."""
-        kept = self.trainer.state.stateful_callbacks.pop(STATE_KEY, None)
-        yield
-        if kept is not None:
-            self.trainer.state.stateful_callbacks[STATE_KEY] = kept
 
     def whole_step(self, batches: list[Any], num_batches: int) -> list[Any]:
         """The batches of a whole optimizer step; those of a step that the end of the data cuts short wait for the next.
@@ -175,50 +156,35 @@ class Feed:
 
     def _split(self, batches: list[list[Any]]) -> list[MicroBatch]:
         batch_sizes = [self.sizes(batch) for batch in batches]
-        pools = [(list(chain.from_iterable(batches)), np.concatenate(batch_sizes))]
-        if isinstance(batches[0][0], CollatedRow):  # rows that are padded already stay with those of their batch
-            pools = list(zip(batches, map(np.copy, batch_sizes), strict=True))
-        for rows, sizes in pools:
-            if _need_one_width(rows):
-                sizes[:] = sizes.max(axis=0)
-        rows, sizes = pools[0]
-        budget = self._budget_for(rows, sizes)
-        longest = max(int(sizes.sum(axis=1).max()) for _, sizes in pools)
-        max_tokens = self._warn_of_long_rows(budget, longest)
+        pools = _pools(batches, batch_sizes)
+        rows, sizes = max(pools, key=lambda pool: _longest(pool[1]))
+        budget = self.budget.settle(rows, sizes)
+        max_tokens = self._warn_of_long_rows(budget, _longest(sizes))
         is_first_step, cost = self._cost is None, self._cost_of_model()
         check = self._check(rows) if is_first_step else ""
         functions = RowFunctions(collate=self.collate, num_items=self.num_items, num_cells=self._num_cells)
-        micro_batches: list[MicroBatch] = []
+        split = partial(split_mini_batch, budget=budget, cost=cost, functions=functions, ranks=self.ranks)
         with collate.seeded(self.trainer.args.seed, self.trainer.state.global_step, self.trainer.args.process_index):
-            for rows, sizes in pools:
-                micro_batches += split_mini_batch(
-                    rows, sizes, budget=budget, cost=cost, functions=functions, ranks=self.ranks
-                )
+            micro_batches = [micro_batch for pool in pools for micro_batch in split(*pool)]
         self.report.add_step(micro_batches, batch_sizes, max_tokens)
-        self._note_slow_collation()
-        if is_first_step and self.trainer.is_world_process_zero():
+        if is_first_step:
             num_rows = sum(map(len, batches))
-            tqdm.write(start_line(num_rows, micro_batches, batch_sizes, _describe(budget, max_tokens), check))
-            self._note_padded_rows(micro_batches, batch_sizes)
+            self._tell(start_line(num_rows, micro_batches, batch_sizes, _describe(budget, max_tokens), check))
+            self._tell(None if self._multiple_of() else padded_rows_note(micro_batches, batch_sizes))
+        if (note := self.report.slow_collation_note()) and self._is_first("slow collation"):
+            self._tell(note)
         return micro_batches
 
-    def _note_padded_rows(self, micro_batches: list[MicroBatch], batch_sizes: list[Ints]) -> None:
-        tokens = sum(micro_batch.tokens for micro_batch in micro_batches)
-        came = sum(int(sizes.sum()) for sizes in batch_sizes)
-        if tokens < (1 - PADDED_ROWS) * came and not self._multiple_of():
-            tqdm.write(
-                f"hf_mbp: {1 - tokens / came:.0%} of the tokens in these rows is padding that they came with. Tokenise "
-                "without padding (not padding='max_length'), and let the data collator pad."
-            )
+    def _tell(self, note: str | None) -> None:
+        """Prints a note, above the progress bar, on the first process."""
+        if note and self.trainer.is_world_process_zero():
+            tqdm.write(note)
 
-    def _note_slow_collation(self) -> None:
-        share = self.report.collation_share
-        if share > SLOW_COLLATION and "slow collation" not in self._has_warned and self.trainer.is_world_process_zero():
-            self._has_warned.add("slow collation")
-            tqdm.write(
-                f"hf_mbp: {share:.0%} of the time goes into the data collator, which runs in the main process. "
-                "MBPConfig(collate_in='workers') with dataloader_num_workers runs it beside the training."
-            )
+    def _is_first(self, topic: str) -> bool:
+        """Whether this is asked about a topic for the first time; readers want to hear of each once."""
+        is_first = topic not in self._has_told
+        self._has_told.add(topic)
+        return is_first
 
     def _ready_made(self, batch: Any) -> MicroBatch:
         """A batch of the user's own loader: one micro-batch, as it is."""
@@ -238,62 +204,25 @@ class Feed:
 
     def _weighed(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         weighed = weigh(micro_batches, self.ranks, self._filler)
-        if not weighed:
-            self._warn_once(
-                "no items",
+        if not weighed and self._is_first("no items"):
+            warnings.warn(
                 f"Step {self.trainer.state.global_step + 1} has nothing to learn from, all its labels are -100: it "
                 "leaves the weights as they are. Check the labels, and whether truncation cuts off what is to be "
                 "learned.",
+                stacklevel=2,
             )
-        elif self.ranks.count > 1:
+        elif weighed and self.ranks.count > 1:
             self._filler = weighed[-1]
         return weighed
 
     def _warn_of_long_rows(self, budget: Budget, longest: int) -> int:
         """Cells that micro-batches of the longest rows may have; warns, once, if one row has more."""
         max_tokens = budget.tokens_at(longest)
-        if not budget.fits(1, longest):
-            self._warn_once("long row", too_long_message(longest, max_tokens))
+        if not budget.fits(1, longest) and self._is_first("long row"):
+            warnings.warn(too_long_message(longest, max_tokens), stacklevel=2)
         return max_tokens
 
-    def _warn_once(self, key: str, message: str) -> None:
-        if key not in self._has_warned:
-            self._has_warned.add(key)
-            warnings.warn(message, stacklevel=2)
-
     # Before the first step
-
-    def _budget_for(self, rows: list[Any], sizes: Ints) -> Budget:
-        if self._budget is None:
-            config = self.trainer.mbp_config
-            options = {"max_tokens": config.max_tokens_per_micro_batch, "memory_limit": config.memory_limit}
-            states = self.trainer.state.stateful_callbacks
-            kept = states.get(STATE_KEY)
-            self._budget = self._kept_budget(kept["budget"]) if kept and kept["options"] == options else None
-            self._budget = self._budget or self._new_budget(rows, sizes)
-            states[STATE_KEY] = {"options": options, "budget": asdict(self._budget)}
-        return self._budget
-
-    def _kept_budget(self, kept: dict[str, Any]) -> Budget | None:
-        """The budget of the run that is resumed, unless it was made where there was more memory."""
-        budget, free = Budget(**kept), memory.free_memory(self.trainer.args.device)
-        if self.ranks.lowest(free) >= (budget.max_bytes or 0):
-            return budget
-        self._warn_once(
-            "less memory",
-            f"The checkpoint was made with {memory.format_bytes(budget.max_bytes or 0)} for activations, more than the "
-            f"{memory.format_bytes(free)} that are free now: the budget is sized anew, so the run will not repeat the "
-            "earlier one bit for bit.",
-        )
-        return None
-
-    def _new_budget(self, rows: list[Any], sizes: Ints) -> Budget:
-        config = self.trainer.mbp_config
-        if config.max_tokens_per_micro_batch is not None and config.memory_limit is None:
-            return Budget(max_tokens=config.max_tokens_per_micro_batch)
-        measured = measure_budget(self.trainer, rows, sizes)
-        room = self.ranks.lowest(measured.max_bytes or 0.0)
-        return replace(measured, max_bytes=room, max_tokens=config.max_tokens_per_micro_batch)
 
     def _cost_of_model(self) -> Cost:
         if self._cost is None:
@@ -320,6 +249,21 @@ class Feed:
         if is_exact and report.tolerance == equivalence.HALF_PRECISION_TOLERANCE:
             verdict = "Checked as far as half precision can tell"
         return f"{verdict}: split and whole gradient differ by {report.max_relative_error:.1g}."
+
+
+def _pools(batches: list[list[Any]], batch_sizes: list[Ints]) -> list[tuple[list[Any], Ints]]:
+    """Rows that are planned together, and their sizes: those of all batches; padded ones with those of their batch."""
+    pools = [(list(chain.from_iterable(batches)), np.concatenate(batch_sizes))]
+    if isinstance(batches[0][0], CollatedRow):
+        pools = [(rows, sizes.copy()) for rows, sizes in zip(batches, batch_sizes, strict=True)]
+    for rows, sizes in pools:
+        if _need_one_width(rows):
+            sizes[:] = sizes.max(axis=0)
+    return pools
+
+
+def _longest(sizes: Ints) -> int:
+    return int(sizes.sum(axis=1).max())
 
 
 def _need_one_width(rows: list[Any]) -> bool:

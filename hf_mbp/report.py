@@ -16,6 +16,12 @@ MEASURED = ("mbp_tokens_per_second", "mbp_peak_memory_bytes")
 STEPS_TO_JUDGE = 10
 """Steps after which it can be said what takes their time: the first one also holds the check and the sizing."""
 
+SLOW_COLLATION = 0.1
+"""Share of the time of a step from which collation is worth moving to the workers."""
+
+PADDED_ROWS = 0.05
+"""Share of padding in rows as they come from the data set from which the reader is told."""
+
 
 @dataclass
 class Counts:
@@ -89,13 +95,17 @@ class StepReport:
         yield
         self.since_log.collation_seconds += time.perf_counter() - started
 
-    @property
-    def collation_share(self) -> float:
-        """Share of the time of the steps so far that went into collation; 0 before there are enough to tell."""
+    def slow_collation_note(self) -> str | None:
+        """What to do about collation that takes much of the time, once there were enough steps to tell."""
         steps = self.total.steps + self.since_log.steps
         seconds = self.total.seconds + self.since_log.seconds
         collation_seconds = self.total.collation_seconds + self.since_log.collation_seconds
-        return collation_seconds / seconds if steps >= STEPS_TO_JUDGE and seconds else 0.0
+        if steps < STEPS_TO_JUDGE or collation_seconds <= SLOW_COLLATION * seconds:
+            return None
+        return (
+            f"hf_mbp: {collation_seconds / seconds:.0%} of the time goes into the data collator, in the main process. "
+            "MBPConfig(collate_in='workers') with dataloader_num_workers runs it beside the training."
+        )
 
     def add_step(self, micro_batches: list[MicroBatch], batches: list[Ints], max_tokens: int) -> None:
         """Notes the micro-batches of a step and, to compare, the row sizes of its batches as they were read."""
@@ -148,4 +158,16 @@ def start_line(num_rows: int, micro_batches: list[MicroBatch], sizes: list[Ints]
         f"hf_mbp: {num_rows:,} rows a step run as {len(micro_batches):,} micro-batches ({budget}). "
         f"Padding in the first step: {step.padding_fraction:.1%} of {step.cells:,} cells; "
         f"{step.padding_fraction_unsplit:.1%} of {step.unsplit_cells:,} without splitting. {check}"
+    )
+
+
+def padded_rows_note(micro_batches: list[MicroBatch], sizes: list[Ints]) -> str | None:
+    """What to do about rows that are padded when they come from the data set; `sizes` are theirs."""
+    tokens = sum(micro_batch.tokens for micro_batch in micro_batches)
+    came = sum(int(batch.sum()) for batch in sizes)
+    if tokens >= (1 - PADDED_ROWS) * came:
+        return None
+    return (
+        f"hf_mbp: {1 - tokens / came:.0%} of the tokens in these rows is padding that they came with. Tokenise without "
+        "padding (not padding='max_length'), and let the data collator pad."
     )

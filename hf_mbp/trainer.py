@@ -174,7 +174,7 @@ class MBPMixin(_Base):
 
     def _load_callback_state(self) -> None:
         """The stock one, which would warn of a callback that is none: the budget lies among their states."""
-        with self.mbp_feed.without_kept_budget():
+        with self.mbp_feed.budget.hidden():
             super()._load_callback_state()
 
     def floating_point_ops(self, inputs: Any) -> int:

@@ -16,6 +16,7 @@ LAYERS = [
     "trainer",
     "loop",
     "feed",
+    "run_budget",
     "report",
     "call_metrics",
     "step",
