@@ -200,14 +200,13 @@ def accepts(model: torch.nn.Module, argument: str) -> bool:
     return argument in inspect.signature(base.forward).parameters
 
 
-def warn_of_smaller_batch(trainer: Any, batch_size: int | None) -> None:
-    """Warns if `auto_find_batch_size` has changed the mini-batch: `batch_size` is what it tries next."""
-    if trainer.args.auto_find_batch_size and batch_size is not None and batch_size < trainer.args.train_batch_size:
+def warn_of_smaller_batch(before: int | None, batch_size: int | None) -> None:
+    """Warns if `auto_find_batch_size` starts again with a smaller mini-batch than `before`."""
+    if before is not None and batch_size is not None and batch_size < before:
         warnings.warn(
-            f"Out of memory: auto_find_batch_size starts again with {batch_size} rows instead of "
-            f"{trainer.args.train_batch_size}, which changes the optimisation. Turn it off, and set memory_limit or "
-            "max_tokens_per_micro_batch lower instead.",
-            stacklevel=2,
+            f"Out of memory: auto_find_batch_size starts again with {batch_size} rows instead of {before}, which "
+            "changes the optimisation. Turn it off, and set memory_limit or max_tokens_per_micro_batch lower instead.",
+            stacklevel=3,
         )
 
 

@@ -106,13 +106,15 @@ class MBPMixin(_Base):
             ValueError: there is nothing to train on, or nothing fits the memory limit.
         """
         compat.require_rows(self)
+        self._batch_size_before: int | None = None
         output = super().train(*args, **kwargs)
         output.metrics.update(self._report.totals(self._ranks))
         return output
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """One run of the loop; `auto_find_batch_size` runs it again, with fewer rows, after running out of memory."""
-        compat.warn_of_smaller_batch(self, batch_size)
+        compat.warn_of_smaller_batch(self._batch_size_before, batch_size)
+        self._batch_size_before = batch_size
         self.mbp_feed.restart()
         return super()._inner_training_loop(batch_size, *args, **kwargs)
 
