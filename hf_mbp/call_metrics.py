@@ -58,6 +58,10 @@ class CallMetrics:
             pairs = self._noted.setdefault(name, [])
             pairs += [(float(value), weights.get(name, default)) for value in values]
 
+    def idle(self, micro_batch: MicroBatch) -> None:
+        """Counts the tokens of a micro-batch that is not run."""
+        self._tokens += micro_batch.tokens
+
     def merge(self) -> None:
         """Appends one entry a metric for the mini-batch; to be called by all ranks once a step."""
         if not self._noted:

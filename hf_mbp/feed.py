@@ -204,14 +204,15 @@ class Feed:
 
     def _weighed(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         weighed = weigh(micro_batches, self.ranks, self._filler)
-        if not weighed and self._is_first("no items"):
+        is_idle = all(micro_batch.is_idle for micro_batch in weighed)
+        if is_idle and self._is_first("no items"):
             warnings.warn(
                 f"Step {self.trainer.state.global_step + 1} has nothing to learn from, all its labels are -100: it "
                 "leaves the weights as they are. Check the labels, and whether truncation cuts off what is to be "
                 "learned.",
                 stacklevel=2,
             )
-        elif weighed and self.ranks.count > 1:
+        if not is_idle and self.ranks.count > 1:
             self._filler = weighed[-1]
         return weighed
 

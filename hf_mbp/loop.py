@@ -117,7 +117,7 @@ def run_mini_batch(
     )
     weighed = weigh(micro_batches, ranks)
     total = torch.zeros(())
-    if weighed:
+    if not all(micro_batch.is_idle for micro_batch in weighed):
         total = run_micro_batches(weighed, backward, defer_sync=lambda: compat.local_gradients(accelerator, model))
     return _report(micro_batches, float(total), ranks)
 

@@ -28,7 +28,7 @@ class MicroBatch:
     """Rows that run together, collated, on the host.
 
     `weight` is the share of the micro-batch times the number of ranks: gradients are averaged over the ranks, and the
-    share is of all their items together.
+    share is of all their items together. An idle micro-batch has nothing to learn: it is not run, only counted.
     """
 
     inputs: Inputs
@@ -37,6 +37,7 @@ class MicroBatch:
     cells: int
     tokens: int
     weight: float = 0.0
+    is_idle: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,20 +104,21 @@ def _useful_tokens(inputs: Inputs, planned: int, cells: int) -> int:
 
 
 def weigh(micro_batches: list[MicroBatch], ranks: Ranks, filler: MicroBatch | None = None) -> list[MicroBatch]:
-    """The micro-batches to run, with their weights.
+    """The micro-batches with their weights, the idle ones first.
 
-    On one process those without items are left out: they add nothing, and their mean is 0/0. Several ranks run
-    equally many, or their collectives would pair up wrongly; `filler`, at weight zero, stands in where a rank has
-    fewer or where one has no items.
+    On one process those without items are idle: they add nothing, and their mean is 0/0. Several ranks run equally
+    many, or their collectives would pair up wrongly; `filler`, at weight zero, stands in where a rank has fewer, and an
+    item is put in where one has none. If no rank has any items, all are idle.
     """
     counts = ranks.gather(len(micro_batches), sum(micro_batch.num_items for micro_batch in micro_batches))
     most = int(max(count for count, _ in counts))
     total_items = sum(items for _, items in counts)
     if total_items == 0:
-        return []
+        return [replace(micro_batch, is_idle=True) for micro_batch in micro_batches]
     weighed = [replace(mb, weight=mb.num_items / total_items * ranks.count) for mb in micro_batches]
     if ranks.count == 1:
-        return [micro_batch for micro_batch in weighed if micro_batch.num_items > 0]
+        idle = [replace(micro_batch, is_idle=True) for micro_batch in weighed if micro_batch.num_items == 0]
+        return idle + [micro_batch for micro_batch in weighed if micro_batch.num_items > 0]
     weighed = [mb if mb.num_items > 0 else replace(mb, inputs=with_an_item(mb.inputs)) for mb in weighed]
     return weighed + _fillers(filler or weighed[-1], most - len(weighed))
 
@@ -146,14 +148,14 @@ def run_micro_batches(
     """Runs the micro-batches one after the other and leaves the sum of their weighted gradients.
 
     Args:
-        micro_batches: at least one.
+        micro_batches: at least one that is not idle.
         backward: forward and backward of one micro-batch; returns its weighted loss, detached.
         defer_sync: a context in which gradients are added up locally; entered for all but the last.
 
     Returns:
         The sum of the weighted losses: the loss of the mini-batch, on one process.
     """
-    *before, last = micro_batches
+    *before, last = [micro_batch for micro_batch in micro_batches if not micro_batch.is_idle]
     loss = None
     for micro_batch in before:
         with defer_sync():

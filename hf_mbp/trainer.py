@@ -26,6 +26,7 @@ class MicroBatches:
 
     def __init__(self, micro_batches: list[MicroBatch]) -> None:
         self.micro_batches = micro_batches
+        self.idle = [micro_batch for micro_batch in micro_batches if micro_batch.is_idle]
 
     def __contains__(self, key: object) -> bool:
         return False
@@ -139,8 +140,10 @@ class MBPMixin(_Base):
         if not isinstance(inputs, MicroBatches):
             loss: torch.Tensor = step(model, inputs, num_items_in_batch)
             return loss
-        if not inputs.micro_batches:
-            if self.accelerator.sync_gradients:  # only a step without any items has none in its last batch
+        for micro_batch in inputs.idle:
+            self._call_metrics.idle(micro_batch)
+        if len(inputs.idle) == len(inputs.micro_batches):
+            if self.accelerator.sync_gradients:  # only a step without any items runs none in its last batch
                 compat.void_step(self)
             return torch.zeros((), device=self.args.device)
 

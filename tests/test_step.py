@@ -270,8 +270,9 @@ def test_weights_on_one_process_are_shares_and_sum_to_one(items: list[int]) -> N
     weighed = weigh([micro_batch(count, name=str(index)) for index, count in enumerate(items)], ALONE)
     assert sum(mb.weight for mb in weighed) == pytest.approx(1)
     assert {mb.inputs["name"]: mb.weight for mb in weighed} == {
-        str(index): pytest.approx(count / sum(items)) for index, count in enumerate(items) if count
+        str(index): pytest.approx(count / sum(items)) for index, count in enumerate(items)
     }
+    assert [mb.is_idle for mb in weighed] == sorted((not count for count in items), reverse=True)
 
 
 def test_items_need_not_be_integers() -> None:
@@ -280,7 +281,8 @@ def test_items_need_not_be_integers() -> None:
 
 @pytest.mark.parametrize("ranks", [ALONE, FakeRanks([3, 0.0])])
 def test_nothing_runs_where_there_are_no_items(ranks: FakeRanks) -> None:
-    assert weigh([micro_batch(0), micro_batch(0)], ranks) == []
+    weighed = weigh([micro_batch(0), micro_batch(0)], ranks)
+    assert [(mb.is_idle, mb.weight) for mb in weighed] == [(True, 0.0)] * 2
 
 
 def test_nothing_runs_without_micro_batches() -> None:
