@@ -52,10 +52,3 @@ def test_commands_name_files_that_exist() -> None:
     assert "scripts/quickstart.sh" in files
     assert "scripts/test.sh" in files
     assert all((ROOT / name).is_file() for name in files)
-
-
-def test_links_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", ROOT / "docs" / "how_it_works.md"):
-        targets = re.findall(r"\]\(([^)#]+)\)", page.read_text())
-        local = [target for target in targets if "://" not in target]
-        assert all((page.parent / target).is_file() for target in local), page
