@@ -184,6 +184,11 @@ def num_rows_of(inputs: Mapping[str, Any]) -> int:
     return next((value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim), 1)
 
 
+def has_entry_for_each_row(inputs: Mapping[str, Any], num_rows: int) -> bool:
+    """Whether rows can be taken out: not of sequences laid end to end, pairs, or images packed into patches."""
+    return all(len(value) == num_rows for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim)
+
+
 def count_cells(inputs: Mapping[str, Any], *, with_targets: bool) -> int | None:
     """Padded tokens (frames of a sound) of collated inputs; `None` where there are none to be counted.
 
@@ -198,6 +203,9 @@ def count_cells(inputs: Mapping[str, Any], *, with_targets: bool) -> int | None:
 
 
 def _sound_cells(inputs: Mapping[str, Any]) -> int | None:
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and ("input_features" in inputs or "input_values" in inputs):
+        return mask.numel()  # features may be [mels, frames] or [frames, mels]
     sounds = (inputs[key] for key in ("input_features", "input_values") if isinstance(inputs.get(key), torch.Tensor))
     return next((len(sound) * num_frames(sound) for sound in sounds), None)
 

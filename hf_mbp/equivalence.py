@@ -10,7 +10,7 @@ import torch
 from torch.linalg import vector_norm
 
 from hf_mbp import compat
-from hf_mbp.collate import Inputs, select_rows
+from hf_mbp.collate import Inputs, has_entry_for_each_row, select_rows
 from hf_mbp.padding import is_left_padded, trim
 from hf_mbp.probe import batch_norms_of, kept_collator, loss_of, modules_of, undisturbed, without_dropout
 
@@ -143,9 +143,9 @@ class _Comparison:
             )
         self.smallest = 2 if batch_norms_of(trainer.model) else 1  # one row has no variance to normalise by
         self.groups = _uneven_groups(len(self.rows), self.smallest)
-        (self.whole,) = trainer.mbp_feed.collate([self.rows])
-        self.is_dense = _has_entry_for_each_row(self.whole, len(self.rows))
-        (again,) = trainer.mbp_feed.collate([self.rows])
+        (self.whole,) = trainer.mbp_feed.collate([self.rows], keep_width=True)
+        self.is_dense = has_entry_for_each_row(self.whole, len(self.rows))
+        (again,) = trainer.mbp_feed.collate([self.rows], keep_width=True)
         self.is_random = self.is_dense and not _same(self.whole, again)
         self.parts = self.collate(self.groups)
 
@@ -234,11 +234,6 @@ def _labels_of(row: Any) -> Any:
     """The label of a row if it is one value; rows with a label a token differ anyway."""
     values = row.items() if isinstance(row, Mapping) else ()
     return [value for key, value in values if "label" in str(key) and getattr(value, "__len__", None) is None]
-
-
-def _has_entry_for_each_row(inputs: Inputs, num_rows: int) -> bool:
-    """Whether rows can be cut out: not of sequences laid end to end, pairs, or images packed into patches."""
-    return all(len(value) == num_rows for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim)
 
 
 def _same(one: Inputs, other: Inputs) -> bool:

@@ -90,20 +90,23 @@ class Feed:
     def _multiple_of(self) -> int | None:
         return getattr(self.trainer.data_collator, "pad_to_multiple_of", None)
 
-    def collate(self, groups: list[list[Any]]) -> list[Inputs]:
-        """Each group of rows, padded by the user's collator; all to one width where the loss needs that."""
+    def collate(self, groups: list[list[Any]], *, keep_width: bool = False) -> list[Inputs]:
+        """Each group of rows, padded by the user's collator; all to one width where the loss needs that.
+
+        Rows that were collated in the workers lose the padding that none of their group needs, unless `keep_width`.
+        """
         if isinstance(groups[0][0], CollatedRow):
-            return [self._settled(self._cut_out(group)) for group in groups]
+            return [self._settled(self._cut_out(group, keep_width=keep_width)) for group in groups]
         with self.report.collation():
             collated = collate.collated(self.trainer.data_collator, groups)
         return [self._settled(inputs) for inputs in collated]
 
-    def _cut_out(self, rows: list[CollatedRow]) -> Inputs:
+    def _cut_out(self, rows: list[CollatedRow], *, keep_width: bool) -> Inputs:
         return cut_out(
             rows,
             has_targets=self._has_targets(),
             multiple_of=self._multiple_of() or 1,
-            keep_width=_need_one_width(rows),
+            keep_width=keep_width or _need_one_width(rows),
         )
 
     def sample(self, num_rows: int) -> list[Any]:

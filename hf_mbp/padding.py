@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from hf_mbp.collate import Inputs
+from hf_mbp.collate import Inputs, has_entry_for_each_row
 
 IGNORE_INDEX = -100
 """Label that no loss counts, in all of transformers and PyTorch."""
@@ -40,16 +40,31 @@ def trim(inputs: Inputs, *, has_targets: bool = False, multiple_of: int = 1) -> 
     used = {prefix: mask != 0 for prefix, mask in masks.items() if prefix + "input_features" not in inputs}
     labels = inputs.get("labels")
     if has_targets and _is_flat(labels):
-        used["labels"] = labels != IGNORE_INDEX
-        used.setdefault("decoder_", used["labels"])
+        used["labels"] = used["decoder_"] = _target_columns(labels, used.get("decoder_"))
     spans = {prefix: _span(columns, multiple_of) for prefix, columns in used.items() if bool(columns.any())}
     widths = {prefix: columns.shape[1] for prefix, columns in used.items()}
     trimmed = dict(inputs)
     for key, value in inputs.items():
         prefix = max((prefix for prefix in spans if key.startswith(prefix)), key=len, default=None)
-        if prefix is not None and _has_columns(value, widths[prefix]):
+        if prefix is not None and _is_padded(key, value, widths[prefix]):
             trimmed[key] = value[:, spans[prefix]].contiguous()
     return trimmed
+
+
+def _target_columns(labels: Any, decoder_mask: torch.Tensor | None) -> torch.Tensor:
+    """Columns that the decoder needs: the first one always, because it is fed with the labels and counts from there."""
+    used: torch.Tensor = labels != IGNORE_INDEX
+    if decoder_mask is not None and decoder_mask.shape == used.shape:
+        used = used | decoder_mask
+    used[:, 0] = True
+    return used
+
+
+def _is_padded(key: str, value: Any, width: int) -> bool:
+    """Whether a value of a batch has a column for each token, and is no image or sound that happens to be as high."""
+    if key.endswith("input_values"):
+        return isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[1] == width
+    return not key.endswith("input_features") and "pixel_" not in key and _has_columns(value, width)
 
 
 def _is_flat(value: Any) -> bool:
@@ -60,7 +75,9 @@ def _span(used: torch.Tensor, multiple_of: int) -> slice:
     """The columns from the first to the last that are used, `[rows, columns]`, and what rounding adds."""
     columns = used.any(dim=0).nonzero()
     start, end = int(columns[0]), int(columns[-1]) + 1
-    return slice(start, start + -(-(end - start) // multiple_of) * multiple_of)
+    width = -(-(end - start) // multiple_of) * multiple_of
+    start = max(0, min(start, used.shape[1] - width))
+    return slice(start, start + width)
 
 
 def without_padding(inputs: Inputs) -> Inputs:
@@ -81,9 +98,9 @@ def can_be_cut(inputs: Inputs) -> bool:
     token_ids = inputs.get("input_ids")
     if not isinstance(token_ids, torch.Tensor):
         return False
-    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim]
-    is_whole = all(len(value) == len(token_ids) for value in tensors)
-    return is_whole and not any(value.is_floating_point() and value.ndim > 2 for value in tensors)
+    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    has_features = any(value.is_floating_point() and value.ndim > 2 for value in tensors)
+    return has_entry_for_each_row(inputs, len(token_ids)) and not has_features
 
 
 def cut_columns(inputs: Inputs, width: int) -> Inputs:

@@ -1,6 +1,6 @@
 """Batches that the user's collator pads in the workers; the step cuts its micro-batches out of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,19 +52,28 @@ class CollatedRow:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Tokens of each column of tokens that its batch has: one as a rule, two for pairs of sentences."""
-        masks = (
-            value[self.index]
-            for key, value in self.batch.inputs.items()
+        """Tokens of each column of tokens that its batch has: one as a rule, two for pairs of sentences.
+
+        Frames of `input_features`, which keep their width, with their padding.
+        """
+        inputs = self.batch.inputs
+        masks = {
+            key.removesuffix(MASK): value[self.index]
+            for key, value in inputs.items()
             if key.endswith(MASK) and key != "decoder_" + MASK and isinstance(value, torch.Tensor)
+        }
+        return tuple(
+            mask.numel() if prefix + "input_features" in inputs else int((mask != 0).sum())
+            for prefix, mask in masks.items()
         )
-        return tuple(int((mask != 0).sum()) for mask in masks)
 
     @property
     def num_targets(self) -> int:
-        """Tokens of its `labels` that are not padding."""
-        labels = self.batch.inputs["labels"][self.index]
-        return int((labels != IGNORE_INDEX).sum())
+        """Tokens of its `labels` without the padding at the end; the first ones may not count either."""
+        if self.batch.inputs.get("labels") is None:
+            return 0
+        counted = (self.batch.inputs["labels"][self.index] != IGNORE_INDEX).reshape(-1).nonzero()
+        return int(counted[-1]) + 1 if len(counted) else 0
 
     def fields(self) -> Inputs:
         """Its values, as the collator returned them."""
@@ -84,4 +93,6 @@ def _chosen(value: Any, indices: Any, num_rows: int) -> Any:
         return value[indices]
     if isinstance(value, (list, tuple)) and len(value) == num_rows:
         return [value[index] for index in indices] if isinstance(indices, list) else value[indices]
+    if isinstance(value, Mapping):
+        return {key: _chosen(part, indices, num_rows) for key, part in value.items()}
     return value

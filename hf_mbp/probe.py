@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hf_mbp import compat
-from hf_mbp.collate import Inputs, seeded
+from hf_mbp.collate import Inputs, has_entry_for_each_row, seeded
 from hf_mbp.items import count_items, has_token_labels, shift_probes
 from hf_mbp.padding import is_left_padded, settle_left_padding, without_padding
 
@@ -163,6 +163,8 @@ class LossTraits:
 
 def _counts_from_zero(loss: LossFunction, modules: list[torch.nn.Module], inputs: Inputs) -> bool:
     """Whether the model places an unpadded row at the positions 0, 1, ...; some start elsewhere, or number images."""
+    if not has_entry_for_each_row(inputs, len(inputs["attention_mask"])):
+        return False  # packed images: such models number their positions by the mask
     unpadded = without_padding(inputs)
     positions = torch.arange(unpadded["input_ids"].shape[-1]).expand_as(unpadded["input_ids"])
     plain, placed = _values(loss, modules, unpadded, {**unpadded, "position_ids": positions})
