@@ -108,10 +108,8 @@ def row_length(row: Any, tokenizer: Any = None) -> int:
     """
     length = _tokens_of(row) if isinstance(row, Mapping) else 1
     if length is None and hasattr(tokenizer, "model_max_length"):
-        length = min(
-            sum(len(tokenizer(text, verbose=False)["input_ids"]) for text in _texts(row)),
-            tokenizer.model_max_length,
-        )
+        tokens = sum(len(tokenizer(text, verbose=False)["input_ids"]) for text in _texts(row))
+        length = max(1, min(tokens, tokenizer.model_max_length))
     return 1 if length is None else length
 
 

@@ -35,7 +35,7 @@ from tests.helpers import (
     token_rows,
     with_labels,
 )
-from tests.test_equivalence import HEADS
+from tests.test_equivalence import HEADS, class_rows
 
 
 def classes(count: int = 3) -> list[dict[str, Any]]:
@@ -280,3 +280,27 @@ def test_a_loss_that_is_no_number_is_named(tmp_path: Path) -> None:
     report = check_equivalence(mbp_trainer(model, classes(), tmp_path))
     assert not report.is_exact
     assert "not a finite number" in report.findings[0]
+
+
+class DrawsNumbers(BertForSequenceClassification):
+    def forward(self, **inputs: Any) -> Any:
+        outputs = super().forward(**inputs)
+        outputs["loss"] = outputs["loss"] * (1 + torch.rand(()))
+        return outputs
+
+
+def test_a_model_that_draws_random_numbers_is_named_and_nothing_else(tmp_path: Path) -> None:
+    trainer = mbp_trainer(build(DrawsNumbers, bert_config(num_labels=3)), class_rows(), tmp_path)
+    (finding,) = check_equivalence(trainer).findings
+    assert "draw random numbers even in evaluation mode" in finding
+
+
+def test_rows_without_a_gradient_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = build(BertForSequenceClassification, bert_config(num_labels=3))
+    model.classifier.weight.data.zero_()
+    model.classifier.requires_grad_(False)
+    trainer = mbp_trainer(model, class_rows(), tmp_path)
+    with pytest.raises(ValueError, match="no gradient"):
+        check_equivalence(trainer)
+    trainer.train()
+    assert "Exactness was not checked: the rows that would be compared have no gradient" in capsys.readouterr().out

@@ -19,6 +19,7 @@ from transformers import BatchEncoding
 
 from hf_mbp import collate
 from hf_mbp.collate import KeepRows, Rows, count_cells, num_rows_of, row_length, seeded, select_rows, target_length
+from tests.helpers import word_tokenizer
 
 with_workers = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
@@ -227,6 +228,44 @@ def test_length_counts_the_cells_that_a_row_fills(token_ids: Any, length: int) -
 def test_a_row_without_tokens_counts_as_one(row: Any) -> None:
     assert row_length(row) == 1
     assert target_length(row) == 0
+
+
+PAIR = {"chosen_ids": [1, 2, 3], "rejected_ids": torch.arange(5)}
+
+
+@pytest.mark.parametrize(
+    ("row", "length"),
+    [
+        (PAIR, 10),
+        ({**PAIR, "prompt_ids": [1, 2]}, 14),
+        ({"chosen_ids": [1, 2]}, 1),
+        ({"input_features": torch.zeros(80, 300)}, 300),
+        ({"input_features": [[0.0] * 7] * 3}, 7),
+        ({"input_features": [np.zeros(7)] * 3}, 7),
+        ({"input_values": np.zeros(160)}, 160),
+        ({"input_ids": [1, 2], "input_features": torch.zeros(80, 300)}, 2),
+    ],
+)
+def test_pairs_and_sounds_have_lengths(row: Any, length: int) -> None:
+    assert row_length(row) == length
+
+
+@pytest.mark.parametrize(
+    ("row", "length"),
+    [
+        ({"text": "w5 w6 w7", "score": 3}, 3),
+        ({"question": "w5 w6", "answer": "w7"}, 3),
+        ({"messages": [{"role": "w5", "content": "w6 w7"}, {"role": "w5", "content": ("w8",)}]}, 5),
+        ({"text": " ".join(["w5"] * 50)}, 20),
+        ({"text": "w5 w6", "input_ids": [1, 2, 3, 4]}, 4),
+        ({"pixel_values": torch.zeros(3, 8, 8)}, 1),
+    ],
+)
+def test_texts_are_as_long_as_the_tokenizer_makes_them(row: Any, length: int) -> None:
+    words = word_tokenizer()
+    words.model_max_length = 20
+    assert row_length(row, words) == length
+    assert row_length({"text": "w5 w6 w7"}, object()) == 1
 
 
 def test_a_row_may_be_any_mapping() -> None:

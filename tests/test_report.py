@@ -8,7 +8,7 @@ from transformers import BertForMaskedLM
 
 from hf_mbp import report
 from hf_mbp.plan import as_sizes
-from hf_mbp.report import Counts, StepReport, start_line
+from hf_mbp.report import Counts, StepReport, padded_rows_note, start_line
 from hf_mbp.step import MicroBatch
 from tests.helpers import Recorder, bert_config, build, masked_prefix, mbp_trainer, token_rows, with_labels
 
@@ -161,6 +161,57 @@ def test_a_step_that_was_not_ended_counts_until_the_next(clock: list[float]) -> 
     steps.stop_clock()
     steps.stop_clock()
     assert steps.since_log.seconds == 5
+
+
+# Notes for the reader
+
+
+def steps_with(clock: list[float], *, steps: int, collation: float, rest: float) -> StepReport:
+    noted = StepReport()
+    for _ in range(steps):
+        noted.start_step()
+        with noted.collation():
+            clock[0] += collation
+        clock[0] += rest
+        noted.add_step(step_of((10, 8)), [as_sizes([8])], 64)
+        noted.stop_clock()
+    return noted
+
+
+def test_slow_collation_is_noted_once_there_are_steps_to_tell(clock: list[float]) -> None:
+    assert steps_with(clock, steps=9, collation=2, rest=8).slow_collation_note() is None
+    note = steps_with(clock, steps=10, collation=2, rest=8).slow_collation_note()
+    assert note is not None
+    assert note.startswith("hf_mbp: 20% of the time goes into the data collator")
+    assert "collate_in='workers'" in note
+    assert steps_with(clock, steps=20, collation=1, rest=9).slow_collation_note() is None
+
+
+def test_slow_collation_is_told_once_while_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "SLOW_COLLATION", 0.0)
+    trained(tmp_path, max_steps=14)
+    assert capsys.readouterr().out.count("goes into the data collator") == 1
+
+
+def test_rows_that_come_padded_are_noted() -> None:
+    note = padded_rows_note(step_of((100, 30), (60, 30)), [as_sizes([50, 50]), as_sizes([60])])
+    assert note is not None
+    assert note.startswith("hf_mbp: 62% of the tokens in these rows is padding that they came with")
+    assert padded_rows_note(step_of((100, 96)), [as_sizes([100])]) is None
+
+
+def test_rows_that_come_padded_are_told_when_training_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {key: value + [0 if key != "labels" else -100] * (30 - len(value)) for key, value in row.items()}
+        for row in with_labels(token_rows(), masked_prefix)
+    ]
+    trainer = mbp_trainer(build(BertForMaskedLM, bert_config()), rows, tmp_path, check_at_start=False)
+    trainer.train()
+    assert "is padding that they came with. Tokenise without padding" in capsys.readouterr().out
 
 
 # The line for the reader

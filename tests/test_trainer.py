@@ -425,3 +425,14 @@ def test_numpy_integers_make_a_budget_that_a_checkpoint_can_keep(tmp_path: Path)
     )
     trainer.train()
     assert (tmp_path / "checkpoint-1" / "trainer_state.json").is_file()
+
+
+class LooksInside(MBPTrainer):
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        return super().training_step(model, {"labels": inputs["labels"]}, num_items_in_batch)
+
+
+def test_a_training_step_below_the_mixin_is_told_what_to_override(tmp_path: Path) -> None:
+    trainer = mbp_trainer(classifier(), class_rows(), tmp_path, trainer_class=LooksInside)
+    with pytest.raises(TypeError, match="Override compute_loss, which gets each of them"):
+        trainer.train()
