@@ -19,6 +19,7 @@ from hf_mbp.step import MicroBatch
 from tests.helpers import relative_error
 from tests.trl_runs import (
     CASES,
+    NO_RECOMPUTATION,
     Case,
     Outcome,
     chat_tokenizer,
@@ -381,7 +382,7 @@ def test_the_constructor_refuses(tmp_path: Path) -> None:
         report_to="none",
         use_cpu=True,
         bf16=False,
-        activation_checkpointing=False,
+        **NO_RECOMPUTATION,
     )
     split_class: Any = type("SplitKTO", (MBPMixin, trl.KTOTrainer), {})
     model, reference = (model_of(CASES["dpo-sigmoid"], seed=seed) for seed in (0, 1))

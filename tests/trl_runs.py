@@ -16,6 +16,11 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 from hf_mbp import MBPConfig, MBPMixin
 from tests.helpers import VOCABULARY, Recorder, build, llama_config, tokenizer
 
+NO_RECOMPUTATION = {
+    next(name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(trl.SFTConfig, name)): False
+}
+"""TRL recomputes activations unless told otherwise; transformers has given the option another name."""
+
 IN_FLOAT32 = 5e-7
 """TRL computes log-probabilities in float32, whatever the model's dtype: what remains is their rounding."""
 IN_FLOAT64 = 1e-12
@@ -181,7 +186,7 @@ def trainer_of(case: Case, rows: Dataset, folder: Path, *, split: bool, **change
         "dataloader_pin_memory": False,
         "use_cpu": True,
         "bf16": False,
-        "activation_checkpointing": False,
+        **NO_RECOMPUTATION,
         "max_length": 64,
     }
     init: dict[str, Any] = {}
