@@ -75,7 +75,8 @@ def _multiplied_weights(model: torch.nn.Module) -> int:
 def measure_budget(trainer: Any, rows: list[Any], sizes: Ints) -> Budget:
     """The budget that the free memory allows, from the memory that two small micro-batches need.
 
-    They are made of the longest row, cut to two widths, so that what grows with the square of the width shows.
+    They are made of the longest row, cut to two widths, so that what grows with the square of the width shows. A row
+    that cannot be cut is measured as it is: what grows with its square is then counted for shorter ones, too.
 
     Raises:
         ValueError: the model is sharded, or no memory is left.
@@ -87,24 +88,29 @@ def measure_budget(trainer: Any, rows: list[Any], sizes: Ints) -> Budget:
         )
     lengths = sizes.sum(axis=1)
     longest = int(lengths.max())
-    widths = sorted({min(longest, NARROW), min(longest, WIDE)})
+    row = rows[int(lengths.argmax())]
     with undisturbed(modules_of(trainer)), kept_collator(trainer.data_collator):
         trainer.model.train()
-        measured = [_measure(trainer, rows[int(lengths.argmax())], longest, width) for width in widths]
+        is_cut = _can_be_cut(trainer, row)
+        widths = {min(longest, NARROW), min(longest, WIDE)} if is_cut else {longest}
+        measured = [_measure(trainer, row, width, is_cut=is_cut) for width in sorted(widths)]
     pending = memory.pending_training_bytes(list(trainer.model.parameters()), trainer.optimizer)
     limit = memory.parse_memory_limit(trainer.mbp_config.memory_limit)
     return memory.fit_budget(measured, memory.room_for_activations(trainer.args.device, limit, pending))
 
 
-def _measure(trainer: Any, row: Any, length: int, width: int) -> tuple[int, int, int]:
-    """`(rows, width, bytes)` of one micro-batch of about `PROBE_CELLS` cells, of a row repeated and cut to `width`."""
+def _can_be_cut(trainer: Any, row: Any) -> bool:
+    (inputs,) = trainer.mbp_feed.collate([[row, row]])
+    return can_be_cut(inputs) and num_rows_of(inputs) == 2
+
+
+def _measure(trainer: Any, row: Any, width: int, *, is_cut: bool) -> tuple[int, int, int]:
+    """`(rows, width, bytes)` of a micro-batch of about `PROBE_CELLS` cells: a row repeated, cut to `width` or not."""
     fewest, most = PROBE_ROWS
     num_rows = min(most, max(fewest, -(-PROBE_CELLS // width)))
     (inputs,) = trainer.mbp_feed.collate([[row] * num_rows])
-    if can_be_cut(inputs) and num_rows_of(inputs) == num_rows:
+    if is_cut:
         inputs = with_padding(cut_columns(inputs, width))
-    else:
-        width = length
     for parameter in trainer.model.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

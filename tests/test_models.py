@@ -47,7 +47,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from hf_mbp import MBPTrainer, check_equivalence
+from hf_mbp import MBPConfig, MBPTrainer, check_equivalence
 from hf_mbp.collate import count_cells
 from tests.helpers import (
     BERT,
@@ -530,3 +530,17 @@ def test_only_the_adapters_have_gradients(tmp_path: Path) -> None:
     recorder = Recorder()
     trainer_of(CASES["lora"], model, tmp_path, callbacks=[recorder]).train()
     assert recorder.gradients[0].keys() == {name for name, _ in model.named_parameters() if "lora_" in name}
+
+
+# Without a budget of one's own
+
+
+@pytest.mark.parametrize("model", ["llava", "qwen2_vl", "whisper", "wav2vec2", "vit"])
+def test_the_budget_is_sized_on_rows_that_cannot_be_cut(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = packed(model) if model in PACKED else CASES[model]
+    trainer = trainer_of(case, case.model(), tmp_path)
+    trainer.mbp_config = MBPConfig(memory_limit=0.5)
+    trainer.train()
+    assert "tokens each, sized for" in capsys.readouterr().out
