@@ -55,7 +55,8 @@ class KeepRows:
     """
 
     def __init__(self, collator: Any = None) -> None:
-        self.__dict__.update(getattr(collator, "__dict__", {}))
+        if not isinstance(collator, type):
+            self.__dict__.update(getattr(collator, "__dict__", {}))
 
     def __call__(self, rows: list[Any]) -> Rows:
         return Rows(rows)
@@ -171,10 +172,23 @@ def collated(collator: Collator, groups: list[list[Any]]) -> list[Inputs]:
     """Each group of rows, padded by the user's collator; all to one width where the loss needs that."""
     groups = [[copy.copy(row) for row in group] for group in groups]  # collators may take things out of them
     if len(groups) == 1 or not need_one_width(groups[0][0]):
-        return [dict(collator(group)) for group in groups]
-    whole = dict(collator(list(chain.from_iterable(groups))))
+        return [as_inputs(collator(group)) for group in groups]
+    whole = as_inputs(collator(list(chain.from_iterable(groups))))
     ends = accumulate(map(len, groups), initial=0)
     return [select_rows(whole, list(range(start, end))) for start, end in pairwise(ends)]
+
+
+def as_inputs(collated: Any) -> Inputs:
+    """What a collator returned, as a dictionary.
+
+    Raises:
+        TypeError: it is no mapping.
+    """
+    if not isinstance(collated, Mapping):
+        raise TypeError(
+            f"The data collator returned a {type(collated).__name__}, and must return a dictionary of model inputs."
+        )
+    return dict(collated)
 
 
 def num_rows_of(inputs: Mapping[str, Any]) -> int:

@@ -64,8 +64,6 @@ def weighted_loss(trainer: Any, weight: float, num_items: float) -> Iterator[Non
     losses it divides differs between versions and between models, so the weight goes to the loss itself and the
     divisor is 1. `average_tokens_across_devices` would multiply by the number of processes.
     """
-    if weight and num_items and other_trainers.divides_by_count(trainer):
-        weight, num_items = 1.0, num_items / weight  # one division where there were two: one rounding less
     compute_loss, count = trainer.compute_loss, items_argument(trainer, num_items)
 
     def weighted(*args: Any, **kwargs: Any) -> Any:
@@ -135,22 +133,32 @@ def local_gradients(accelerator: Any, model: torch.nn.Module, no_sync: Any = Non
         state._set_sync_gradients(syncs)
 
 
+@contextmanager
+def without_buffer_sync(model: torch.nn.Module) -> Iterator[None]:
+    """Keeps DDP from broadcasting buffers in a forward pass that not all ranks make."""
+    if not hasattr(model, "require_forward_param_sync"):
+        yield
+        return
+    with replaced(model, require_forward_param_sync=False):
+        yield
+
+
 def to_device(accelerator: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """Inputs on the device of this rank."""
     moved: dict[str, Any] = send_to_device(inputs, accelerator.device)
     return moved
 
 
-def void_step(trainer: Any) -> None:
+def void_step(accelerator: Any, model: torch.nn.Module) -> None:
     """Lets the gradient scaler of fp16 skip an optimizer step that has no gradients.
 
     `GradScaler.step` insists on gradients to look at. One that is infinite it takes for an overflow: it leaves the
     weights, and halves its scale, which grows back.
     """
-    scaler = trainer.accelerator.scaler
+    scaler = accelerator.scaler
     if scaler is not None:
-        scaler.scale(torch.zeros((), device=trainer.args.device))  # its scale is made at the first call
-        parameter = next(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+        scaler.scale(torch.zeros((), device=accelerator.device))  # its scale is made at the first call
+        parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
         parameter.grad = torch.full_like(parameter, float("inf"))
 
 
@@ -193,11 +201,12 @@ def refuse_unsupported(trainer: Any) -> None:
 
 
 def accepts(model: torch.nn.Module, argument: str) -> bool:
-    """Whether the forward pass of the model, also under PEFT, has an argument of that name."""
-    base: Any = model
+    """Whether the forward pass of the model, also compiled or under PEFT, may have an argument of that name."""
+    base: Any = getattr(model, "_orig_mod", model)
     if hasattr(base, "get_base_model"):
         base = base.get_base_model()
-    return argument in inspect.signature(base.forward).parameters
+    parameters = inspect.signature(base.forward).parameters
+    return argument in parameters or any(kind.kind == kind.VAR_KEYWORD for kind in parameters.values())
 
 
 def warn_of_smaller_batch(before: int | None, batch_size: int | None) -> None:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+import numpy as np
 import torch
 from torch.linalg import vector_norm
 
 from hf_mbp import compat
 from hf_mbp.collate import Inputs, has_entry_for_each_row, select_rows
 from hf_mbp.padding import is_left_padded, trim
+from hf_mbp.precollated import CollatedRow
 from hf_mbp.probe import batch_norms_of, kept_collator, loss_of, modules_of, undisturbed, without_dropout
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
@@ -184,12 +186,9 @@ class _Comparison:
     def items(self, inputs: Inputs) -> float:
         return float(self.trainer.mbp_feed.num_items(inputs))
 
-    def loss(self, inputs: Inputs) -> torch.Tensor:
-        return loss_of(self.trainer, inputs, self.items(inputs))
-
     def value(self, inputs: Inputs) -> float:
         with torch.no_grad():
-            return float(self.loss(inputs))
+            return float(loss_of(self.trainer, inputs, self.items(inputs)))
 
     def backward(self, parts: list[Inputs]) -> tuple[float, list[torch.Tensor]]:
         """Loss and gradients of the parts, put together by their shares."""
@@ -199,7 +198,7 @@ class _Comparison:
         total = 0.0
         for part, count in zip(parts, counts, strict=True):
             if count > 0:
-                loss = self.loss(part) * (count / sum(counts))
+                loss = loss_of(self.trainer, part, count, weight=count / sum(counts))
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
         return total, [torch.zeros_like(p) if p.grad is None else p.grad for _, p in self.parameters]
@@ -232,8 +231,9 @@ class _Comparison:
 
 def _labels_of(row: Any) -> Any:
     """The label of a row if it is one value; rows with a label a token differ anyway."""
-    values = row.items() if isinstance(row, Mapping) else ()
-    return [value for key, value in values if "label" in str(key) and getattr(value, "__len__", None) is None]
+    fields = row.fields() if isinstance(row, CollatedRow) else row
+    values = fields.items() if isinstance(fields, Mapping) else ()
+    return [value for key, value in values if "label" in str(key) and np.ndim(value) == 0]
 
 
 def _same(one: Inputs, other: Inputs) -> bool:

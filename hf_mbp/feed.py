@@ -14,6 +14,7 @@ from hf_mbp import collate, compat, equivalence, memory, other_trainers, probe
 from hf_mbp.collate import Batch, Inputs, KeepRows
 from hf_mbp.distributed import Ranks
 from hf_mbp.equivalence import NothingToCompareError
+from hf_mbp.items import checked_count
 from hf_mbp.plan import Budget, Cost, Ints, as_sizes, round_up, too_long_message
 from hf_mbp.precollated import CollatedRow, CollateInWorkers, cut_out
 from hf_mbp.probe import LossFunction, LossTraits
@@ -38,6 +39,7 @@ class Feed:
         self._traits = LossTraits()
         self._filler: MicroBatch | None = None
         self._left_over: list[Any] = []
+        self._checked: set[Any] = set()
         self._has_told: set[str] = set()
 
     def restart(self) -> None:
@@ -45,6 +47,7 @@ class Feed:
         self.budget.forget()
         self._cost, self._filler = None, None
         self._left_over = []
+        self._checked = set()
         self._traits = LossTraits()
         self.report.restart()
 
@@ -84,8 +87,8 @@ class Feed:
         if isinstance(row, CollatedRow):
             parts = row.parts or (self.trainer.row_length(row.fields()),)
             return (*parts, row.num_targets) if self._has_targets() else parts
-        length = (self.trainer.row_length(row),)
-        return (*length, collate.target_length(row)) if self._has_targets() else length
+        length = self.trainer.row_length(row)
+        return (length, collate.target_length(row)) if self._has_targets() else (length,)
 
     def _multiple_of(self) -> int | None:
         return getattr(self.trainer.data_collator, "pad_to_multiple_of", None)
@@ -120,7 +123,7 @@ class Feed:
             rows = list(islice(loader.dataset, num_rows))
         else:
             rows = [loader.dataset[index] for index in range(min(num_rows, len(loader.dataset)))]
-        batch = loader.collate_fn(rows)
+        batch = loader.collate_fn([row for row in rows if _is_alike(row, rows[0])])
         if not isinstance(batch, Batch):
             raise ValueError(
                 "get_train_dataloader is overridden and returns ready-made batches, which are never split. To have "
@@ -144,10 +147,7 @@ class Feed:
         Raises:
             ValueError: it is not a number of items.
         """
-        count = self.trainer.num_items(inputs)
-        if not isinstance(count, (int, float)) or not count >= 0:
-            raise ValueError(f"num_items(micro_batch) must return a number that is not negative, got {count!r}.")
-        return count
+        return checked_count(self.trainer.num_items(inputs))
 
     def _has_targets(self) -> bool:
         return bool(getattr(getattr(self.trainer.model, "config", None), "is_encoder_decoder", False))
@@ -164,7 +164,7 @@ class Feed:
         budget = self.budget.settle(rows, sizes)
         max_tokens = self._warn_of_long_rows(budget, _longest(sizes))
         is_first_step, cost = self._cost is None, self._cost_of_model()
-        check = self._check(rows) if is_first_step else ""
+        checks = [self._check(pool_rows) for pool_rows, _ in pools if self._is_unchecked(pool_rows[0])]
         functions = RowFunctions(collate=self.collate, num_items=self.num_items, num_cells=self._num_cells)
         split = partial(split_mini_batch, budget=budget, cost=cost, functions=functions, ranks=self.ranks)
         with collate.seeded(self.trainer.args.seed, self.trainer.state.global_step, self.trainer.args.process_index):
@@ -172,7 +172,7 @@ class Feed:
         self.report.add_step(micro_batches, batch_sizes, max_tokens)
         if is_first_step:
             num_rows = sum(map(len, batches))
-            self._tell(start_line(num_rows, micro_batches, batch_sizes, _describe(budget, max_tokens), check))
+            self._tell(start_line(num_rows, micro_batches, batch_sizes, _describe(budget, max_tokens), checks[0]))
             self._tell(None if self._multiple_of() else padded_rows_note(micro_batches, batch_sizes))
         if (note := self.report.slow_collation_note()) and self._is_first("slow collation"):
             self._tell(note)
@@ -233,6 +233,15 @@ class Feed:
             self._cost = cost_of(self.trainer.model, self.trainer.args.device)
         return self._cost
 
+    def _is_unchecked(self, row: Any) -> bool:
+        """Whether no rank has seen a row of this kind: each data set of sentence-transformers has a loss of its own."""
+        kind: Any = None
+        if other_trainers.is_sentence_transformers(self.trainer) and isinstance(row, CollatedRow):
+            kind = (row.batch.inputs.get("dataset_name"), *sorted(row.batch.inputs))
+        is_new: bool = kind not in self._checked
+        self._checked.add(kind)
+        return is_new if kind is None else bool(self.ranks.highest(is_new))
+
     def _check(self, rows: list[Any]) -> str:
         """Runs the equivalence check on rows of the first step; says how it went."""
         if not self.trainer.mbp_config.check_at_start:
@@ -264,6 +273,13 @@ def _pools(batches: list[list[Any]], batch_sizes: list[Ints]) -> list[tuple[list
         if _need_one_width(rows):
             sizes[:] = sizes.max(axis=0)
     return pools
+
+
+def _is_alike(row: Any, other: Any) -> bool:
+    """Whether two rows come from one data set, where a trainer of sentence-transformers has several."""
+    if not isinstance(row, Mapping):
+        return True
+    return bool(row.keys() == other.keys() and row.get("dataset_name") == other.get("dataset_name"))
 
 
 def _longest(sizes: Ints) -> int:

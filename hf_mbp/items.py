@@ -9,6 +9,7 @@ that is where exactness is won or lost.
 """
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,6 +22,19 @@ def items_of(inputs: Inputs, config: Any, shifts_labels: Callable[[Inputs], bool
     """Items of collated inputs for a model with this `config`; `shifts_labels` is asked only where it matters."""
     shifts = has_token_labels(inputs) and "shift_labels" not in inputs and shifts_labels(inputs)
     return count_items(inputs, shifts=shifts, is_regression=is_regression(config, inputs.get("labels")))
+
+
+def checked_count(count: Any) -> float:
+    """What a `num_items` of the user's own returned.
+
+    Raises:
+        ValueError: it is not a number of items.
+    """
+    if not isinstance(count, Real) or not float(count) >= 0:
+        raise ValueError(
+            f"num_items(micro_batch) must return a number that is not negative, got {count!r}. Return float(...)."
+        )
+    return float(count)
 
 
 def count_items(inputs: Inputs, *, shifts: bool, is_regression: bool = False) -> int:
@@ -63,23 +77,22 @@ def is_regression(config: Any, labels: Any) -> bool:
 
 
 def shift_probes(inputs: Inputs) -> tuple[Inputs, Inputs]:
-    """Two micro-batches that only a loss which does not shift its labels can tell apart.
+    """Two micro-batches: one without any label, one whose only labels are in column 0.
 
-    They differ in the labels of column 0: those that stand there, and others of the batch. Where that is not possible,
-    the first has none there, and the second has.
+    For a loss that shifts its labels both have nothing to learn, and their losses are alike: zero, or no number.
     """
     labels = inputs["labels"]
-    without, with_first = labels.clone(), labels.clone()
-    first, known = labels[..., 0], labels[labels != IGNORE_INDEX].unique()
-    has_first = first != IGNORE_INDEX
-    if bool(has_first.any()) and len(known) > 1:
-        other = torch.where(first == known[0], known[-1], known[0])
-        with_first[..., 0] = torch.where(has_first, other, first)
-    else:
-        without[..., 0] = IGNORE_INDEX
-        if not bool(has_first.any()):
-            with_first[..., 0] = labels.clamp(min=0).amax(dim=-1)
-    return {**inputs, "labels": without}, {**inputs, "labels": with_first}
+    none, first = torch.full_like(labels, IGNORE_INDEX), torch.full_like(labels, IGNORE_INDEX)
+    first[..., 0] = labels.clamp(min=0).amax(dim=-1)
+    return {**inputs, "labels": none}, {**inputs, "labels": first}
+
+
+def changed_first_labels(inputs: Inputs) -> tuple[Inputs, Inputs]:
+    """`shift_probes` for a loss that does not know -100: the inputs, and with other labels of theirs in column 0."""
+    labels = inputs["labels"].clone()
+    known = labels.unique()
+    labels[..., 0] = torch.where(labels[..., 0] == known[0], known[-1], known[0])
+    return inputs, {**inputs, "labels": labels}
 
 
 def with_an_item(inputs: Inputs) -> Inputs:

@@ -1,7 +1,7 @@
 """Micro-batch processing without a Trainer: one mini-batch, for a training loop of your own."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +11,7 @@ import torch
 from hf_mbp import collate, compat
 from hf_mbp.collate import Collator, Inputs
 from hf_mbp.distributed import Ranks
-from hf_mbp.items import items_of
+from hf_mbp.items import checked_count, items_of
 from hf_mbp.plan import Budget, as_sizes, check_max_tokens, too_long_message
 from hf_mbp.probe import LossTraits
 from hf_mbp.sizing import cost_of
@@ -55,6 +55,7 @@ def run_mini_batch(
     max_tokens: int,
     num_items: Callable[[Mapping[str, Any]], float] | None = None,
     row_length: Callable[[Any], int] = collate.row_length,
+    shifts_labels: bool | None = None,
 ) -> MiniBatchReport:
     """Forward and backward of a mini-batch in micro-batches; adds the gradient of its mean loss to the parameters.
 
@@ -70,17 +71,23 @@ def run_mini_batch(
         accelerator: with `gradient_accumulation_steps=1`: the mini-batch is all of the step.
         max_tokens: most padded tokens, rows x width, of a micro-batch.
         num_items: what `loss` averages over, counted in collated inputs. Default: labels that are not -100, without
-            the first column if the loss shifts them, which is found out by trying; rows where there are no labels.
+            the first column if the loss shifts them; rows where there are no labels.
         row_length: tokens of a row. Default: of its `input_ids`.
+        shifts_labels: whether the loss predicts the next token, so that the first label of a row is no item. Default:
+            found out by trying, once for each model; say it if a model has several losses.
+
+    A mini-batch without any items leaves no gradient, and under fp16 one that makes the scaler skip the step.
 
     Raises:
         ValueError: there are no rows, `max_tokens` is not positive, or the accelerator accumulates gradients itself.
+        TypeError: `rows` is no list of rows, or `loss` returns something else than a number with a gradient.
 
     Example: `scripts/accelerate_loop.py`.
     """
     _refuse(rows, accelerator, max_tokens)
     ranks, base = Ranks(accelerator), accelerator.unwrap_model(model)
-    traits, config = _TRAITS.setdefault(base, LossTraits()), getattr(base, "config", None)
+    traits = _TRAITS.setdefault(base, LossTraits()) if shifts_labels is None else LossTraits(shifts_labels)
+    config = getattr(base, "config", None)
     has_targets = bool(getattr(config, "is_encoder_decoder", False))
     sizes = as_sizes([(row_length(row), collate.target_length(row) if has_targets else 0) for row in rows])
     if collate.need_one_width(rows[0]):
@@ -88,20 +95,22 @@ def run_mini_batch(
     budget = Budget(max_tokens=max_tokens)
     _warn_of_long_row(budget, int(sizes.sum(axis=1).max()))
 
-    def on_device(inputs: Inputs, _: float = 1) -> torch.Tensor:
-        with accelerator.autocast():
+    def on_the_side(inputs: Inputs, _: float) -> torch.Tensor:
+        with accelerator.autocast(), compat.without_buffer_sync(model):
             return loss(compat.to_device(accelerator, inputs))
 
     def count(inputs: Inputs) -> float:
-        return items_of(inputs, config, lambda asked: traits.shifts_labels(on_device, [base], asked))
+        return items_of(inputs, config, lambda asked: traits.shifts_labels(on_the_side, [base], asked))
 
     def collate_groups(groups: list[list[Any]]) -> list[Inputs]:
-        return [traits.settled(on_device, [base], inputs) for inputs in collate.collated(collate_fn, groups)]
+        return [traits.settled(on_the_side, [base], inputs) for inputs in collate.collated(collate_fn, groups)]
 
     def backward(micro_batch: MicroBatch) -> torch.Tensor:
-        weighted = on_device(micro_batch.inputs) * micro_batch.weight
-        accelerator.backward(weighted)
-        return weighted.detach()
+        with accelerator.autocast():
+            value = loss(compat.to_device(accelerator, micro_batch.inputs))
+        _require_scalar(value)
+        accelerator.backward(value * micro_batch.weight)
+        return value.detach() * micro_batch.weight
 
     micro_batches = split_mini_batch(
         rows,
@@ -110,7 +119,7 @@ def run_mini_batch(
         cost=cost_of(base, accelerator.device),
         functions=RowFunctions(
             collate=collate_groups,
-            num_items=num_items or count,
+            num_items=(lambda inputs: checked_count(num_items(inputs))) if num_items else count,
             num_cells=lambda inputs: collate.count_cells(inputs, with_targets=has_targets),
         ),
         ranks=ranks,
@@ -119,11 +128,18 @@ def run_mini_batch(
     total = torch.zeros(())
     if not all(micro_batch.is_idle for micro_batch in weighed):
         total = run_micro_batches(weighed, backward, defer_sync=lambda: compat.local_gradients(accelerator, model))
+    else:
+        compat.void_step(accelerator, base)
     return _report(micro_batches, float(total), ranks)
 
 
 def _refuse(rows: Sequence[Any], accelerator: Any, max_tokens: int) -> None:
     check_max_tokens(max_tokens, "max_tokens")
+    if isinstance(rows, Mapping) or not isinstance(rows, Sized):
+        raise TypeError(
+            f"rows is a {type(rows).__name__}, and must be a list of rows: [data[index] for index in range(64)], or "
+            "collate_fn=list in the data loader."
+        )
     if len(rows) == 0:
         raise ValueError("rows is empty: a mini-batch needs at least one row on every rank.")
     if accelerator.gradient_accumulation_steps != 1:
@@ -131,6 +147,20 @@ def _refuse(rows: Sequence[Any], accelerator: Any, max_tokens: int) -> None:
             f"The accelerator has gradient_accumulation_steps={accelerator.gradient_accumulation_steps}, by which it "
             "would divide the loss. Make it with 1, and give run_mini_batch all rows of the step."
         )
+
+
+def _require_scalar(value: Any) -> None:
+    if not isinstance(value, torch.Tensor) or value.ndim or not value.requires_grad:
+        raise TypeError(
+            f"loss must return the mean loss, a tensor without dimensions that has a gradient, got {_named(value)}. "
+            "Write for example loss=lambda inputs: model(**inputs).loss, outside torch.no_grad()."
+        )
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"one of shape {list(value.shape)}" + ("" if value.requires_grad else " without a gradient")
+    return f"a {type(value).__name__}"
 
 
 def _warn_of_long_row(budget: Budget, longest: int) -> None:

@@ -42,11 +42,6 @@ def num_items(trainer: Any, inputs: Mapping[str, Any]) -> float | None:
     return None
 
 
-def divides_by_count(trainer: Any) -> bool:
-    """Whether the loss is known to be a sum divided by `num_items_in_batch`, so that the count alone can weigh it."""
-    return is_trl(trainer, "SFTTrainer") and trainer.compute_loss_func is None
-
-
 def is_trl(trainer: Any, name: str) -> bool:
     """Whether a trainer is the one of TRL with that name, or built on it."""
     return name in _classes_of(trainer, "trl")

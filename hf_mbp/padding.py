@@ -11,6 +11,20 @@ IGNORE_INDEX = -100
 
 MASK = "attention_mask"
 
+TOKEN_COLUMNS = (
+    "input_ids",
+    "input_values",
+    "inputs_embeds",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "special_tokens_mask",
+    "completion_mask",
+    "bbox",
+    "labels",
+)
+"""Ends of the names of what is known to have a column for each token; others may only happen to be as wide."""
+
 
 def width_of(inputs: Inputs) -> int | None:
     """Padded length of collated inputs with a two-dimensional `attention_mask`; `None` without one."""
@@ -30,6 +44,7 @@ def trim(inputs: Inputs, *, has_targets: bool = False, multiple_of: int = 1) -> 
     """Collated inputs without the outer columns in which every row is padding.
 
     Each mask (`attention_mask`, `sentence_0_attention_mask`, ...) speaks for the values with its prefix and its width.
+    If something that is not known to have a column for each token is as wide, nothing is cut there.
 
     Args:
         inputs: from a collator.
@@ -41,14 +56,32 @@ def trim(inputs: Inputs, *, has_targets: bool = False, multiple_of: int = 1) -> 
     labels = inputs.get("labels")
     if has_targets and _is_flat(labels):
         used["labels"] = used["decoder_"] = _target_columns(labels, used.get("decoder_"))
-    spans = {prefix: _span(columns, multiple_of) for prefix, columns in used.items() if bool(columns.any())}
-    widths = {prefix: columns.shape[1] for prefix, columns in used.items()}
     trimmed = dict(inputs)
-    for key, value in inputs.items():
-        prefix = max((prefix for prefix in spans if key.startswith(prefix)), key=len, default=None)
-        if prefix is not None and _is_padded(key, value, widths[prefix]):
-            trimmed[key] = value[:, spans[prefix]].contiguous()
+    for prefix, columns in used.items():
+        others = [other for other in used if len(other) > len(prefix)]
+        family = {k: v for k, v in inputs.items() if k.startswith(prefix) and not k.startswith(tuple(others))}
+        width = columns.shape[1]
+        if bool(columns.any()) and not any(_is_strange(key, value, width) for key, value in family.items()):
+            span = _span(columns, multiple_of)
+            trimmed |= {k: v[:, span].contiguous() for k, v in family.items() if has_token_columns(k, v, width)}
     return trimmed
+
+
+def has_token_columns(key: str, value: Any, width: int) -> bool:
+    """Whether a value of a batch is known to have a column for each of `width` tokens, in its second dimension.
+
+    Labels that are floats are targets of a row.
+    """
+    is_wide = isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[1] == width
+    is_target = is_wide and key.endswith("labels") and value.is_floating_point() and value.ndim == 2
+    return is_wide and key.endswith(TOKEN_COLUMNS) and not is_target
+
+
+def _is_strange(key: str, value: Any, width: int) -> bool:
+    """Whether a value is as wide as the tokens, without being known to have a column for each."""
+    if not isinstance(value, torch.Tensor) or width not in value.shape[1:]:
+        return False
+    return not has_token_columns(key, value, width) or width in value.shape[2:]
 
 
 def _target_columns(labels: Any, decoder_mask: torch.Tensor | None) -> torch.Tensor:
@@ -58,13 +91,6 @@ def _target_columns(labels: Any, decoder_mask: torch.Tensor | None) -> torch.Ten
         used = used | decoder_mask
     used[:, 0] = True
     return used
-
-
-def _is_padded(key: str, value: Any, width: int) -> bool:
-    """Whether a value of a batch has a column for each token, and is no image or sound that happens to be as high."""
-    if key.endswith("input_values"):
-        return isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[1] == width
-    return not key.endswith("input_features") and "pixel_" not in key and _has_columns(value, width)
 
 
 def _is_flat(value: Any) -> bool:
@@ -96,31 +122,31 @@ def without_padding(inputs: Inputs) -> Inputs:
 def can_be_cut(inputs: Inputs) -> bool:
     """Whether rows can be shortened: not images and sounds, nor texts with places for them, nor packed sequences."""
     token_ids = inputs.get("input_ids")
-    if not isinstance(token_ids, torch.Tensor):
+    if not isinstance(token_ids, torch.Tensor) or not has_entry_for_each_row(inputs, len(token_ids)):
         return False
-    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
-    has_features = any(value.is_floating_point() and value.ndim > 2 for value in tensors)
-    return has_entry_for_each_row(inputs, len(token_ids)) and not has_features
+    values = [(key, value) for key, value in inputs.items() if isinstance(value, torch.Tensor)]
+    has_features = any(value.is_floating_point() and value.ndim > 2 for _, value in values)
+    full = token_ids.shape[-1]
+    unknown = [value for key, value in values if not key.endswith(TOKEN_COLUMNS)]
+    return not has_features and not any(full in value.shape[1:] for value in unknown)
 
 
 def cut_columns(inputs: Inputs, width: int) -> Inputs:
     """Rows cut to `width` tokens: the first ones and the last, which some models look for.
 
-    Cut is what has as many columns as `input_ids`.
+    Cut is what has as many columns as `input_ids`, over all choices where rows have several.
     """
     full = inputs["input_ids"].shape[-1]
     if full <= width:
         return inputs
     kept = [*range(width - 1), full - 1]
-    return {key: _cut(value, full, kept) for key, value in inputs.items()}
+    return {key: _cut(key, value, full, kept) for key, value in inputs.items()}
 
 
-def _cut(value: Any, full: int, kept: list[int]) -> Any:
-    if not isinstance(value, torch.Tensor) or value.ndim < 2:
-        return value
-    if _has_columns(value, full):
+def _cut(key: str, value: Any, full: int, kept: list[int]) -> Any:
+    if has_token_columns(key, value, full):
         return value[:, kept].contiguous()
-    if value.shape[-1] == full and not value.is_floating_point():
+    if isinstance(value, torch.Tensor) and value.ndim > 2 and value.shape[-1] == full:
         return value[..., kept].contiguous()
     return value
 
@@ -133,13 +159,6 @@ def with_padding(inputs: Inputs) -> Inputs:
     mask = inputs["attention_mask"].clone()
     mask[0, -1] = 0
     return {**inputs, "attention_mask": mask}
-
-
-def _has_columns(value: Any, width: int) -> bool:
-    """Whether a value has a column for each token; floats in two dimensions are targets of a row."""
-    if not isinstance(value, torch.Tensor) or value.ndim < 2 or value.shape[1] != width:
-        return False
-    return value.ndim > 2 or not value.is_floating_point()
 
 
 def settle_left_padding(inputs: Inputs, *, add_position_ids: bool) -> Inputs:

@@ -150,7 +150,8 @@ def as_sizes(lengths: Sequence[Size]) -> Ints:
         raise ValueError("All rows must have the same number of lengths.")
     sizes = np.array(rows, dtype=object).reshape(len(rows), len(rows[0]) if rows else 1)
     if not all(isinstance(part, (int, np.integer)) and part >= 0 for part in sizes.flat):
-        raise ValueError("Row lengths must be integers and not negative.")
+        odd = next(part for part in sizes.flat if not isinstance(part, (int, np.integer)) or part < 0)
+        raise ValueError(f"Row lengths must be integers and not negative; row_length returned {odd!r}.")
     sizes = sizes.astype(np.int64)
     if sizes.size:
         sizes[:, 0] += sizes.sum(axis=1) == 0

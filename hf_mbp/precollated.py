@@ -1,12 +1,13 @@
 """Batches that the user's collator pads in the workers; the step cuts its micro-batches out of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from hf_mbp.collate import Batch, Collator, Inputs, KeepRows
+from hf_mbp.collate import Batch, Collator, Inputs, KeepRows, as_inputs
 from hf_mbp.padding import IGNORE_INDEX, MASK, trim
 
 
@@ -18,7 +19,7 @@ class CollateInWorkers(KeepRows):
         self._collator = collator
 
     def __call__(self, rows: list[Any]) -> "Collated":  # type: ignore[override]
-        return Collated(dict(self._collator(rows)), len(rows))
+        return Collated(as_inputs(self._collator(rows)), len(rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +35,8 @@ class Collated(Batch):
         Raises:
             ValueError: a tensor does not have one entry a row.
         """
-        for key, value in self.inputs.items():
-            if isinstance(value, torch.Tensor) and value.ndim and len(value) != self.num_rows:
+        for key, value in _arrays(self.inputs):
+            if len(value) != self.num_rows:
                 raise ValueError(
                     f"Batches that the workers collate are cut into rows, but {key!r} has {len(value):,} entries for "
                     f"{self.num_rows:,} rows. Set collate_in='main'."
@@ -80,6 +81,15 @@ class CollatedRow:
         return {key: _chosen(value, self.index, self.batch.num_rows) for key, value in self.batch.inputs.items()}
 
 
+def _arrays(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Tensors and arrays, with their keys, also of mappings inside."""
+    for key, value in inputs.items():
+        if isinstance(value, Mapping):
+            yield from _arrays(value)
+        elif isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim:
+            yield key, value
+
+
 def cut_out(rows: Sequence[CollatedRow], *, has_targets: bool, multiple_of: int, keep_width: bool) -> Inputs:
     """Rows of one batch, without the columns that are padding in all of them unless `keep_width`."""
     batch, indices = rows[0].batch, [row.index for row in rows]
@@ -89,7 +99,7 @@ def cut_out(rows: Sequence[CollatedRow], *, has_targets: bool, multiple_of: int,
 
 def _chosen(value: Any, indices: Any, num_rows: int) -> Any:
     """The entries of one row or several; what has no entries for rows is kept."""
-    if isinstance(value, torch.Tensor) and value.ndim:
+    if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim:
         return value[indices]
     if isinstance(value, (list, tuple)) and len(value) == num_rows:
         return [value[index] for index in indices] if isinstance(indices, list) else value[indices]

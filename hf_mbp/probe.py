@@ -13,7 +13,7 @@ import torch
 
 from hf_mbp import compat
 from hf_mbp.collate import Inputs, has_entry_for_each_row, seeded
-from hf_mbp.items import count_items, has_token_labels, shift_probes
+from hf_mbp.items import changed_first_labels, count_items, has_token_labels, shift_probes
 from hf_mbp.padding import is_left_padded, settle_left_padding, without_padding
 
 LossFunction = Callable[[Inputs, float], torch.Tensor]
@@ -69,7 +69,7 @@ def undisturbed(modules: list[torch.nn.Module]) -> Iterator[None]:
 @contextmanager
 def kept_collator(collator: Any) -> Iterator[None]:
     """Restores the attributes of a collator, and the states of the random generators of its own among them."""
-    attributes = getattr(collator, "__dict__", {})
+    attributes = {} if isinstance(collator, type) else getattr(collator, "__dict__", {})
     before = dict(attributes)
     restore = [_restorer(value) for value in before.values()]
     try:
@@ -106,13 +106,13 @@ def kept_notes(trainer: Any) -> Iterator[None]:
         vars(trainer).update(before | metrics)
 
 
-def loss_of(trainer: Any, inputs: Inputs, num_items: float) -> torch.Tensor:
-    """The mean loss of one micro-batch, as the training step computes it, of the model without wrappers."""
+def loss_of(trainer: Any, inputs: Inputs, num_items: float, *, weight: float = 1.0) -> torch.Tensor:
+    """The weighted mean loss of one micro-batch, as the training step computes it, of the model without wrappers."""
     with (
         kept_notes(trainer),
         compat.local_gathers(trainer),
         compat.replaced(trainer, log=lambda *_, **__: None),
-        compat.weighted_loss(trainer, 1.0, num_items),
+        compat.weighted_loss(trainer, weight, num_items),
         trainer.compute_loss_context_manager(),
     ):
         loss: torch.Tensor = trainer.compute_loss(trainer.model, compat.prepare_inputs(trainer, inputs))
@@ -137,8 +137,8 @@ def batch_norms_of(model: torch.nn.Module) -> list[torch.nn.Module]:
 class LossTraits:
     """What a model's loss makes of labels and padding, found out by trying, once."""
 
-    def __init__(self) -> None:
-        self._shifts: bool | None = None
+    def __init__(self, shifts_labels: bool | None = None) -> None:
+        self._shifts = shifts_labels
         self._from_zero: bool | None = None
 
     def shifts_labels(self, loss: LossFunction, modules: list[torch.nn.Module], inputs: Inputs) -> bool:
@@ -148,8 +148,11 @@ class LossTraits:
         loss type.
         """
         if self._shifts is None:
-            without, with_first = _values(loss, modules, *shift_probes(inputs))
-            self._shifts = isclose(without, with_first, rel_tol=ROUNDING) or (isnan(without) and isnan(with_first))
+            try:
+                one, other = _values(loss, modules, *shift_probes(inputs))
+            except (IndexError, RuntimeError, ValueError):  # -100 is no label for this loss
+                one, other = _values(loss, modules, *changed_first_labels(inputs))
+            self._shifts = isclose(one, other, rel_tol=ROUNDING) or (isnan(one) and isnan(other))
         return self._shifts
 
     def settled(self, loss: LossFunction, modules: list[torch.nn.Module], inputs: Inputs) -> Inputs:
@@ -167,7 +170,10 @@ def _counts_from_zero(loss: LossFunction, modules: list[torch.nn.Module], inputs
         return False  # packed images: such models number their positions by the mask
     unpadded = without_padding(inputs)
     positions = torch.arange(unpadded["input_ids"].shape[-1]).expand_as(unpadded["input_ids"])
-    plain, placed = _values(loss, modules, unpadded, {**unpadded, "position_ids": positions})
+    try:
+        plain, placed = _values(loss, modules, unpadded, {**unpadded, "position_ids": positions})
+    except TypeError:  # a forward pass with **kwargs, which something below it does not take
+        return False
     return isclose(plain, placed, rel_tol=ROUNDING)
 
 

@@ -21,6 +21,12 @@ else:
     _Base = object
 
 
+IS_OPAQUE = (
+    "training_step gets the micro-batches of a step and not a dictionary of inputs. Override compute_loss, which gets "
+    "each of them; or put your training_step behind the mixin: class Mine(MBPMixin, YourTrainer)."
+)
+
+
 class MicroBatches:
     """The micro-batches that stand in for one data loader batch in the stock training loop. Opaque, like `Rows`."""
 
@@ -32,10 +38,10 @@ class MicroBatches:
         return False
 
     def __getitem__(self, key: object) -> Any:
-        raise TypeError(
-            "training_step gets the micro-batches of a step and not a dictionary of inputs. Override compute_loss, "
-            "which gets each of them; or put your training_step behind the mixin: class Mine(MBPMixin, YourTrainer)."
-        )
+        raise TypeError(IS_OPAQUE)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(IS_OPAQUE if name in dir(dict) else name)
 
 
 class MBPMixin(_Base):
@@ -58,6 +64,14 @@ class MBPMixin(_Base):
     What users may override: `num_items` for a loss of their own and `row_length` for rows whose size is not in
     `input_ids`.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Raises `TypeError` if a trainer stands before the mixin, whose methods would then never be called."""
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(MBPMixin)]
+        trainers = [base.__name__ for base in before if issubclass(base, Trainer) and not issubclass(base, MBPMixin)]
+        if trainers:
+            raise TypeError(f"Put MBPMixin before the trainer: class {cls.__name__}(MBPMixin, {trainers[0]}).")
 
     def __init__(self, *args: Any, mbp_config: MBPConfig | None = None, **kwargs: Any) -> None:
         """Takes everything the next class takes, and `mbp_config`.
@@ -144,7 +158,7 @@ class MBPMixin(_Base):
             self._call_metrics.idle(micro_batch)
         if len(inputs.idle) == len(inputs.micro_batches):
             if self.accelerator.sync_gradients:  # only a step without any items runs none in its last batch
-                compat.void_step(self)
+                compat.void_step(self.accelerator, self.model)
             return torch.zeros((), device=self.args.device)
 
         def backward(micro_batch: MicroBatch) -> torch.Tensor:

@@ -304,3 +304,14 @@ def test_rows_without_a_gradient_are_not_compared(tmp_path: Path, capsys: pytest
         check_equivalence(trainer)
     trainer.train()
     assert "Exactness was not checked: the rows that would be compared have no gradient" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["lists", "tensors", "workers"])
+def test_a_class_behind_the_others_is_compared_too(kind: str, tmp_path: Path) -> None:
+    """Rows of one length sorted by class; the first eight have one class, with which any count would pass."""
+    rows = [{"input_ids": [7 + index % 5, 8, 9], "labels": index // 11} for index in range(32)]
+    if kind == "tensors":
+        rows = [{key: torch.tensor(value) for key, value in row.items()} for row in rows]
+    place = "workers" if kind == "workers" else "main"
+    trainer = mbp_trainer(classifier(), rows, tmp_path, trainer_class=ClassWeighted, collate_in=place)
+    assert not check_equivalence(trainer).is_exact

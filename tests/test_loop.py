@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import BertForSequenceClassification, LlamaForCausalLM
+from transformers import BertForSequenceClassification, BertForTokenClassification, GPT2LMHeadModel, LlamaForCausalLM
 
 from hf_mbp import run_mini_batch
 from tests.helpers import (
     Pad,
     bert_config,
     build,
+    gpt2_config,
     llama_config,
     masked_prefix,
     relative_error,
@@ -144,3 +145,68 @@ def test_the_example_trains(tmp_path: Path) -> None:
     steps = [line for line in done.stdout.splitlines() if line.startswith("step ")]
     assert len(steps) == 2
     assert all("micro-batches, padding" in line for line in steps)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # while it is compiled
+@pytest.mark.parametrize("wrap", ["compiled", "kwargs"])
+def test_a_wrapped_model_counts_positions_from_the_first_token(wrap: str) -> None:
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.inner(**inputs)
+
+    rows = with_labels(plain_rows(), lambda _, row: row["input_ids"])
+    model = build(GPT2LMHeadModel, gpt2_config())
+    expected = whole_gradients(model, lambda m: m(**Pad()(rows)).loss)[1]
+    wrapped = Wrapped(model) if wrap == "kwargs" else torch.compile(model, backend="eager")
+    run(wrapped, rows, Pad(side="left"))
+    assert relative_error(expected, gradients_of(model)) < 3e-6
+
+
+def test_a_model_with_two_losses() -> None:
+    rows = with_labels(plain_rows(), masked_prefix)
+    model = build(LlamaForCausalLM, llama_config()).train()
+
+    def tags(m: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        logits = m(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten())
+
+    for loss, shifts in ((lambda m, inputs: m(**inputs).loss, True), (tags, False)):
+        expected = whole_gradients(model, lambda m, loss=loss: loss(m, Pad()(rows)))[1]
+        model.zero_grad()
+        run(model, rows, loss=lambda inputs, loss=loss: loss(model, inputs), shifts_labels=shifts)
+        assert relative_error(expected, gradients_of(model)) < 3e-6
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rounding_does_not_hide_whether_labels_are_shifted(seed: int) -> None:
+    """In bf16 one label among many changes nothing that can be seen in the loss."""
+    rows = with_labels(plain_rows(8, low=20, high=30), lambda _, row: [token % 2 for token in row["input_ids"]])
+    model = build(BertForTokenClassification, bert_config(num_labels=2), seed=seed).bfloat16()
+    assert run(model, rows).num_items == sum(len(row["labels"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": {"input_ids": [[1, 2]]}}, "rows is a dict, and must be a list of rows"),
+        ({"rows": iter([])}, "must be a list of rows"),
+        ({"loss": lambda _: (torch.ones(()),)}, "got a tuple. Write for example"),
+        ({"loss": lambda _: torch.ones(3, requires_grad=True)}, r"got one of shape \[3\]"),
+        ({"loss": lambda _: torch.ones(())}, r"got one of shape \[\] without a gradient"),
+    ],
+)
+def test_inputs_of_the_wrong_kind_are_named(changes: dict[str, Any], message: str) -> None:
+    model = build(BertForSequenceClassification, bert_config(num_labels=3))
+    rows = with_labels(plain_rows(), lambda index, _: index % 3)
+    with pytest.raises(TypeError, match=message):
+        run(model, **{"rows": rows, **changes})
+
+
+def test_a_negative_count_is_refused() -> None:
+    rows = with_labels(plain_rows(), masked_prefix)
+    with pytest.raises(ValueError, match="must return a number that is not negative, got -1"):
+        run(build(LlamaForCausalLM, llama_config()), rows, num_items=lambda _: -1)

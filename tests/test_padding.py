@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_mbp.padding import IGNORE_INDEX, cut_columns, is_left_padded, settle_left_padding, trim, width_of
+from hf_mbp.padding import IGNORE_INDEX, can_be_cut, cut_columns, is_left_padded, settle_left_padding, trim, width_of
 from tests.helpers import Pad
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
@@ -66,11 +66,15 @@ def test_trim_cuts_the_outer_columns_that_are_all_padding(mask: list[list[int]])
     used = [column for column in range(len(mask[0])) if any(row[column] for row in mask)]
     kept = range(min(used), max(used) + 1) if used else range(len(mask[0]))
     token_ids = torch.arange(len(mask) * len(mask[0])).view(len(mask), -1)
-    inputs = {"attention_mask": torch.tensor(mask), "input_ids": token_ids, "embeddings": token_ids[..., None].float()}
+    inputs = {
+        "attention_mask": torch.tensor(mask),
+        "input_ids": token_ids,
+        "inputs_embeds": token_ids[..., None].float(),
+    }
     trimmed = trim(inputs)
     assert trimmed["attention_mask"].tolist() == [[row[column] for column in kept] for row in mask]
     assert trimmed["input_ids"].tolist() == [[row[column] for column in kept] for row in token_ids.tolist()]
-    assert torch.equal(trimmed["embeddings"][..., 0].long(), trimmed["input_ids"])
+    assert torch.equal(trimmed["inputs_embeds"][..., 0].long(), trimmed["input_ids"])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -98,9 +102,9 @@ def test_trim_leaves_what_is_not_as_wide() -> None:
 def test_cut_keeps_the_first_columns_and_the_last_of_what_holds_tokens() -> None:
     inputs = {
         "input_ids": torch.arange(20).view(2, 10),
-        "mask": torch.ones(2, 10, dtype=torch.bool),
+        "attention_mask": torch.ones(2, 10),
         "choices": torch.arange(40).view(2, 2, 10),
-        "boxes": torch.arange(80).view(2, 10, 4),
+        "bbox": torch.arange(80).view(2, 10, 4),
         "classes": torch.tensor([[1, 0, 1]] * 2),
         "labels": torch.tensor([7, 8]),
         "targets": torch.tensor([[0.5, 0.25, 0.125]] * 2),
@@ -109,8 +113,8 @@ def test_cut_keeps_the_first_columns_and_the_last_of_what_holds_tokens() -> None
     }
     cut = cut_columns(inputs, 4)
     assert cut["input_ids"].tolist() == [[0, 1, 2, 9], [10, 11, 12, 19]]
-    assert cut["boxes"].shape == (2, 4, 4)
-    assert cut["mask"].shape == (2, 4)
+    assert cut["bbox"].shape == (2, 4, 4)
+    assert cut["attention_mask"].shape == (2, 4)
     assert cut["choices"][:, 1].tolist() == [[10, 11, 12, 19], [30, 31, 32, 39]]
     assert all(cut[key] is inputs[key] for key in ("classes", "labels", "targets", "scale", "name"))
     assert all(value.is_contiguous() for value in cut.values() if torch.is_tensor(value))
@@ -189,3 +193,38 @@ def test_right_padding_is_left_alone() -> None:
 def test_labels_of_another_shape_are_left_alone() -> None:
     inputs = {**Pad(side="left")(rows_of([2, 4])), "labels": torch.tensor([1, 0])}
     assert settle_left_padding(inputs, add_position_ids=False)["labels"] is inputs["labels"]
+
+
+# What only happens to be as wide
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.arange(8).view(2, 4),
+        torch.arange(8.0).view(2, 4),
+        torch.arange(32).view(2, 4, 4),
+        torch.arange(24).view(2, 3, 4),
+    ],
+    ids=["categories", "weights", "pairs", "layers"],
+)
+def test_nothing_is_cut_beside_values_that_may_or_may_not_follow_the_tokens(values: torch.Tensor) -> None:
+    tokens = {"input_ids": torch.arange(8).view(2, 4), "attention_mask": torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])}
+    trimmed = trim({**tokens, "unknown": values})
+    assert trimmed["input_ids"].shape == (2, 4)
+    assert torch.equal(trimmed["unknown"], values)
+
+
+def test_a_mask_of_floats_is_a_mask() -> None:
+    inputs = {"input_ids": torch.ones(2, 4), "attention_mask": torch.tensor([[1.0, 1, 0, 0], [1, 0, 0, 0]])}
+    assert trim(inputs)["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    assert cut_columns(inputs, 3)["attention_mask"].shape == (2, 3)
+
+
+def test_rows_beside_something_as_wide_cannot_be_cut() -> None:
+    tokens = {"input_ids": torch.ones(2, 4), "attention_mask": torch.ones(2, 4), "labels": torch.ones(2)}
+    assert can_be_cut(tokens)
+    assert not can_be_cut({**tokens, "weights": torch.rand(2, 4)})
+    assert not can_be_cut({**tokens, "pixel_values": torch.rand(2, 3, 8, 8)})
+    assert not can_be_cut({**tokens, "patches": torch.rand(7, 4)})
+    assert not can_be_cut({"pixel_values": torch.rand(2, 3, 8, 8)})

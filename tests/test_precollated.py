@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -260,7 +261,7 @@ def collated() -> Collated:
         "input_ids": torch.tensor([[1, 2, 3, 0], [4, 0, 0, 0], [5, 6, 0, 0]]),
         "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]),
         "labels": torch.tensor([0, 1, 2]),
-        "targets": torch.arange(12.0).view(3, 4),
+        "targets": torch.arange(15.0).view(3, 5),
         "images": torch.arange(36.0).view(3, 3, 2, 2),
         "texts": ["a", "b", "c"],
         "pairs": (("a", 1), ("b", 2), ("c", 3)),
@@ -283,7 +284,7 @@ def test_rows_are_cut_out_in_the_order_asked_for() -> None:
     assert inputs["input_ids"].tolist() == [[5, 6], [4, 0]]
     assert inputs["attention_mask"].tolist() == [[1, 1], [1, 0]]
     assert inputs["labels"].tolist() == [2, 1]
-    assert inputs["targets"].tolist() == [[8, 9, 10, 11], [4, 5, 6, 7]], "floats are targets of a row, not of a token"
+    assert inputs["targets"].tolist() == [[10, 11, 12, 13, 14], [5, 6, 7, 8, 9]]
     assert torch.equal(inputs["images"], torch.arange(36.0).view(3, 3, 2, 2)[[2, 1]])
     assert inputs["texts"] == ["c", "b"]
     assert inputs["pairs"] == [("c", 3), ("b", 2)]
@@ -464,3 +465,27 @@ FEW_DESCRIPTORS = """
 def test_many_rows_of_tensors_need_few_file_descriptors(collate_in: str, tmp_path: Path) -> None:
     """4,096 rows of 4 tensors from 4 workers: one descriptor a tensor would be 16 times the usual limit, and hang."""
     assert "4096 rows in" in run_script(tmp_path, FEW_DESCRIPTORS, collate_in, seconds=60)
+
+
+def test_tensors_inside_of_mappings_need_an_entry_a_row() -> None:
+    inner = {"patches": torch.zeros(6, 2)}
+    with pytest.raises(ValueError, match="'patches' has 6 entries for 3 rows"):
+        Collated({"input_ids": torch.zeros(3, 4), "vision": inner}, 3).unpack()
+
+
+def test_arrays_are_cut_as_tensors_are() -> None:
+    batch = Collated({"input_ids": torch.zeros(3, 4), "weights": np.array([1.0, 2.0, 3.0])}, 3)
+    assert cut(batch, [2, 0])["weights"].tolist() == [3.0, 1.0]
+
+
+def test_a_collator_that_returns_no_mapping_is_named(tmp_path: Path) -> None:
+    for place in ("main", "workers"):
+        trainer = mbp_trainer(
+            build(BertForSequenceClassification, bert_config(num_labels=3)),
+            class_rows(),
+            tmp_path,
+            data_collator=list,
+            collate_in=place,
+        )
+        with pytest.raises(TypeError, match="The data collator returned a list, and must return a dictionary"):
+            trainer.train()

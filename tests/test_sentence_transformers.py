@@ -147,3 +147,18 @@ def test_the_check_leaves_the_loss_alone(tmp_path: Path) -> None:
     trainer.loss.double()
     assert check_equivalence(trainer).is_exact
     assert all(parameter.grad is None for parameter in trainer.loss.parameters())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_loss_that_compares_rows_is_refused_in_any_of_several_data_sets(seed: int, tmp_path: Path) -> None:
+    scored = sentence_rows()
+    rows = DatasetDict(one=scored, other=scored.remove_columns("score"))
+
+    def loss(model: Any) -> dict[str, Any]:
+        return {"one": losses.CosineSimilarityLoss(model), "other": losses.MultipleNegativesRankingLoss(model)}
+
+    trainer = trainer_of(SENTENCE, loss, tmp_path, splits=True, rows=rows)
+    trainer.args.seed, trainer.args.max_steps = seed, 2
+    with pytest.raises(InexactError, match="compares the rows of a batch with each other"):
+        trainer.train()
+    assert check_equivalence(trainer).is_exact  # of the first data set

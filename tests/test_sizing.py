@@ -339,3 +339,27 @@ def test_rows_laid_end_to_end_are_measured_at_their_length(tmp_path: Path) -> No
     measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows))
     assert model.shapes
     assert {shape for shape in model.shapes if shape[1] > 2 * longest} == {(1, -(-256 // longest) * longest)}
+
+
+@pytest.mark.parametrize("key", ["attention_mask", "token_weights", "pairs"])
+def test_values_as_wide_as_the_tokens_do_not_break_the_probe(key: str, tmp_path: Path) -> None:
+    """They are cut with the tokens, or nothing is."""
+
+    class Wide(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, input_ids: torch.Tensor, labels: Any = None, **others: torch.Tensor) -> dict[str, Any]:
+            other = others[key].sum(dim=-1) if key == "pairs" else others[key]
+            return {"loss": (self.weight * input_ids * other).double().mean(dim=-1).mean()}
+
+    def pad(rows: list[Any]) -> dict[str, torch.Tensor]:
+        padded = Pad()([{"input_ids": row["input_ids"]} for row in rows])
+        height, width = padded["input_ids"].shape
+        values = torch.ones(height, width, width, dtype=torch.long) if key == "pairs" else torch.ones(height, width)
+        return {**padded, key: values}
+
+    rows = token_rows(low=40, high=60)
+    trainer = unsized(Wide(), rows, tmp_path, data_collator=pad)
+    assert measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows)).max_bytes

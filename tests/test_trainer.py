@@ -436,3 +436,8 @@ def test_a_training_step_below_the_mixin_is_told_what_to_override(tmp_path: Path
     trainer = mbp_trainer(classifier(), class_rows(), tmp_path, trainer_class=LooksInside)
     with pytest.raises(TypeError, match="Override compute_loss, which gets each of them"):
         trainer.train()
+
+
+def test_a_mixin_behind_the_trainer_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Put MBPMixin before the trainer: class Late\(MBPMixin, Trainer\)"):
+        type("Late", (Trainer, MBPMixin), {})

@@ -16,10 +16,11 @@ from hf_mbp import MBPMixin, check_equivalence
 from hf_mbp.call_metrics import CallMetrics
 from hf_mbp.other_trainers import refusals
 from hf_mbp.step import MicroBatch
-from tests.helpers import relative_error
+from tests.helpers import Recorder, relative_error
 from tests.trl_runs import (
     CASES,
     NO_RECOMPUTATION,
+    TRAINERS,
     Case,
     Outcome,
     chat_tokenizer,
@@ -388,3 +389,24 @@ def test_the_constructor_refuses(tmp_path: Path) -> None:
     model, reference = (model_of(CASES["dpo-sigmoid"], seed=seed) for seed in (0, 1))
     with pytest.raises(ValueError, match=r"Micro-batching does not support trl\.KTOTrainer: only SFTTrainer"):
         split_class(model=model, ref_model=reference, args=args, train_dataset=rows, processing_class=chat_tokenizer())
+
+
+class OwnLoss(trl.SFTTrainer):
+    """Leaves the loss to the model, as users do who know Trainer, and the count alone."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def test_a_loss_that_ignores_the_count_is_weighted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRAINERS, "SFT", (OwnLoss, type("SplitOwn", (MBPMixin, OwnLoss), {}), trl.SFTConfig))
+    case, rows = CASES["sft-completion"], dataset("completion", uneven_sizes(32))
+    recorders = [Recorder(), Recorder()]
+    for recorder, split in zip(recorders, (False, True), strict=True):
+        trainer = trainer_of(case, rows, tmp_path / str(split), split=split, max_steps=1)
+        trainer.add_callback(recorder)
+        trainer.model_accepts_loss_kwargs = False
+        trainer.train()
+    whole, halves = (recorder.gradients[0] for recorder in recorders)
+    assert relative_error(whole, halves) < 5e-7

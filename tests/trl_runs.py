@@ -96,15 +96,15 @@ CASES = {
     "sft-completion": Case(trainer="SFT", rows="completion"),
     "sft-chat": Case(trainer="SFT", rows="chat"),
     "sft-assistant": Case(trainer="SFT", rows="chat", config={"assistant_only_loss": True}),
-    "sft-lora": Case(trainer="SFT", rows="completion", lora=True, bound=IN_FLOAT64),
+    "sft-lora": Case(trainer="SFT", rows="completion", lora=True),
     "sft-bfd": Case(trainer="SFT", rows="text", config={"packing": True, "max_length": 24}),
     "sft-wrapped": Case(
         trainer="SFT", rows="text", config={"packing": True, "packing_strategy": "wrapped", "max_length": 24}
     ),
     "sft-padding-free": Case(trainer="SFT", rows="text", config={"padding_free": True, "max_length": None}),
     "sft-dft": Case(trainer="SFT", rows="completion", config={"loss_type": "dft"}),
-    "sft-smoothed": Case(trainer="SFT", rows="completion", config={"label_smoothing_factor": 0.1}, bound=IN_FLOAT64),
-    "sft-own-loss": Case(trainer="SFT", rows="completion", compute_loss_func=divided_by_the_count, bound=IN_FLOAT64),
+    "sft-smoothed": Case(trainer="SFT", rows="completion", config={"label_smoothing_factor": 0.1}),
+    "sft-own-loss": Case(trainer="SFT", rows="completion", compute_loss_func=divided_by_the_count),
     "reward": Case(trainer="Reward", rows="pair", bound=IN_FLOAT64),
     "reward-centred": Case(trainer="Reward", rows="pair", config={"center_rewards_coefficient": 0.1}, bound=IN_FLOAT64),
     "reward-margin": Case(trainer="Reward", rows="pair-margin", bound=IN_FLOAT64),
