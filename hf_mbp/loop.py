@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,7 +13,7 @@ from hf_mbp import collate, compat
 from hf_mbp.collate import Collator, Inputs
 from hf_mbp.distributed import Ranks
 from hf_mbp.items import checked_count, items_of
-from hf_mbp.plan import Budget, as_sizes, check_max_tokens, too_long_message
+from hf_mbp.plan import Budget, Ints, as_sizes, check_max_tokens, too_long_message
 from hf_mbp.probe import LossTraits
 from hf_mbp.sizing import cost_of
 from hf_mbp.step import MicroBatch, RowFunctions, run_micro_batches, split_mini_batch, weigh
@@ -85,52 +86,75 @@ def run_mini_batch(
     Example: `scripts/accelerate_loop.py`.
     """
     _refuse(rows, accelerator, max_tokens)
-    ranks, base = Ranks(accelerator), accelerator.unwrap_model(model)
+    base = accelerator.unwrap_model(model)
     traits = _TRAITS.setdefault(base, LossTraits()) if shifts_labels is None else LossTraits(shifts_labels)
-    config = getattr(base, "config", None)
-    has_targets = bool(getattr(config, "is_encoder_decoder", False))
-    sizes = as_sizes([(row_length(row), collate.target_length(row) if has_targets else 0) for row in rows])
-    if collate.need_one_width(rows[0]):
-        sizes[:] = sizes.max(axis=0)
-    budget = Budget(max_tokens=max_tokens)
-    _warn_of_long_row(budget, int(sizes.sum(axis=1).max()))
+    loop = _Loop(model=model, base=base, loss=loss, collate_fn=collate_fn, accelerator=accelerator, traits=traits)
+    sizes = loop.sizes(rows, row_length)
+    budget, longest = Budget(max_tokens=max_tokens), int(sizes.sum(axis=1).max())
+    if not budget.fits(1, longest):
+        warnings.warn(too_long_message(longest, budget.tokens_at(longest)), stacklevel=2)
+    count = loop.num_items if num_items is None else num_items
+    functions = RowFunctions(
+        collate=loop.collate, num_items=lambda inputs: checked_count(count(inputs)), num_cells=loop.num_cells
+    )
+    ranks, cost = Ranks(accelerator), cost_of(base, accelerator.device)
+    micro_batches = split_mini_batch(rows, sizes, budget=budget, cost=cost, functions=functions, ranks=ranks)
+    return _report(micro_batches, loop.run(weigh(micro_batches, ranks)), ranks)
 
-    def on_the_side(inputs: Inputs, _: float) -> torch.Tensor:
-        with accelerator.autocast(), compat.without_buffer_sync(model):
-            return loss(compat.to_device(accelerator, inputs))
 
-    def count(inputs: Inputs) -> float:
-        return items_of(inputs, config, lambda asked: traits.shifts_labels(on_the_side, [base], asked))
+@dataclass(frozen=True, kw_only=True)
+class _Loop:
+    """What a loop knows of its model, data and loss."""
 
-    def collate_groups(groups: list[list[Any]]) -> list[Inputs]:
-        return [traits.settled(on_the_side, [base], inputs) for inputs in collate.collated(collate_fn, groups)]
+    model: torch.nn.Module
+    base: torch.nn.Module
+    loss: Callable[[Inputs], torch.Tensor]
+    collate_fn: Collator
+    accelerator: Any
+    traits: LossTraits
 
-    def backward(micro_batch: MicroBatch) -> torch.Tensor:
-        with accelerator.autocast():
-            value = loss(compat.to_device(accelerator, micro_batch.inputs))
+    @property
+    def has_targets(self) -> bool:
+        return bool(getattr(getattr(self.base, "config", None), "is_encoder_decoder", False))
+
+    def sizes(self, rows: Sequence[Any], row_length: Callable[[Any], int]) -> Ints:
+        sizes = as_sizes([(row_length(row), collate.target_length(row) * self.has_targets) for row in rows])
+        if collate.need_one_width(rows[0]):
+            sizes[:] = sizes.max(axis=0)
+        return sizes
+
+    def collate(self, groups: list[list[Any]]) -> list[Inputs]:
+        collated = collate.collated(self.collate_fn, groups)
+        return [self.traits.settled(self.on_the_side, [self.base], inputs) for inputs in collated]
+
+    def num_items(self, inputs: Inputs) -> int:
+        shifts = partial(self.traits.shifts_labels, self.on_the_side, [self.base])
+        return items_of(inputs, getattr(self.base, "config", None), shifts)
+
+    def num_cells(self, inputs: Inputs) -> int | None:
+        return collate.count_cells(inputs, with_targets=self.has_targets)
+
+    def on_the_side(self, inputs: Inputs, _: float) -> torch.Tensor:
+        with compat.without_buffer_sync(self.model):
+            return self.value(inputs)
+
+    def value(self, inputs: Inputs) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return self.loss(compat.to_device(self.accelerator, inputs))
+
+    def backward(self, micro_batch: MicroBatch) -> torch.Tensor:
+        value = self.value(micro_batch.inputs)
         _require_scalar(value)
-        accelerator.backward(value * micro_batch.weight)
+        self.accelerator.backward(value * micro_batch.weight)
         return value.detach() * micro_batch.weight
 
-    micro_batches = split_mini_batch(
-        rows,
-        sizes,
-        budget=budget,
-        cost=cost_of(base, accelerator.device),
-        functions=RowFunctions(
-            collate=collate_groups,
-            num_items=(lambda inputs: checked_count(num_items(inputs))) if num_items else count,
-            num_cells=lambda inputs: collate.count_cells(inputs, with_targets=has_targets),
-        ),
-        ranks=ranks,
-    )
-    weighed = weigh(micro_batches, ranks)
-    total = torch.zeros(())
-    if not all(micro_batch.is_idle for micro_batch in weighed):
-        total = run_micro_batches(weighed, backward, defer_sync=lambda: compat.local_gradients(accelerator, model))
-    else:
-        compat.void_step(accelerator, base)
-    return _report(micro_batches, float(total), ranks)
+    def run(self, micro_batches: list[MicroBatch]) -> float:
+        """Forward and backward of all that are not idle; the sum of their weighted losses."""
+        if all(micro_batch.is_idle for micro_batch in micro_batches):
+            compat.void_step(self.accelerator, self.base)
+            return 0.0
+        locally = partial(compat.local_gradients, self.accelerator, self.model)
+        return float(run_micro_batches(micro_batches, self.backward, defer_sync=locally))
 
 
 def _refuse(rows: Sequence[Any], accelerator: Any, max_tokens: int) -> None:
@@ -161,11 +185,6 @@ def _named(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"one of shape {list(value.shape)}" + ("" if value.requires_grad else " without a gradient")
     return f"a {type(value).__name__}"
-
-
-def _warn_of_long_row(budget: Budget, longest: int) -> None:
-    if not budget.fits(1, longest):
-        warnings.warn(too_long_message(longest, budget.tokens_at(longest)), stacklevel=3)
 
 
 def _report(micro_batches: list[MicroBatch], loss: float, ranks: Ranks) -> MiniBatchReport:

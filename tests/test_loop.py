@@ -136,7 +136,7 @@ def test_the_example_trains(tmp_path: Path) -> None:
         [sys.executable, str(script), "--model", str(tmp_path / "model"), "--batch_size", "16", "--max_steps", "2"],
         cwd=ROOT,
         env=environment,
-        timeout=200,
+        timeout=270,
         capture_output=True,
         text=True,
         check=False,

@@ -30,7 +30,7 @@ def launch(folder: Path, *arguments: Any, worker: str = "worker") -> list[Any]:
         [*command, "-m", f"tests.distributed.{worker}", str(folder), *map(str, arguments)],
         cwd=ROOT,
         env=environment,
-        timeout=200,
+        timeout=270,
         capture_output=True,
         text=True,
     )
