@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from transformers import LlamaForCausalLM
 
 from hf_mbp import run_mini_batch
+from tests.distributed.ending import leave
 from tests.distributed.worker import rows_of
 from tests.helpers import Pad, build, llama_config
 
@@ -29,7 +30,7 @@ def main(folder: Path) -> None:
     base = accelerator.unwrap_model(model)
     outcome = {"gradients": {name: p.grad for name, p in base.named_parameters()}, "report": asdict(report)}
     torch.save(outcome, folder / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
+from tests.distributed.ending import leave
 from tests.trl_runs import CASES, dataset, outcome_of, trainer_of
 
 NAMES = ("sft-completion", "sft-padding-free", "reward-margin", "dpo-sigmoid", "dpo-sft")
@@ -40,7 +41,7 @@ def main(folder: Path) -> None:
         outcomes[name] = asdict(outcome_of(trainer))
         assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
     torch.save(outcomes, folder / f"rank{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

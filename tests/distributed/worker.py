@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from hf_mbp import MBPTrainer
+from tests.distributed.ending import leave
 from tests.helpers import Recorder, build, llama_config, masked_prefix, mbp_trainer, token_rows, with_labels
 from tests.test_losses import AsksTheNextClass
 
@@ -43,7 +44,7 @@ def main(folder: Path, accumulation: int, kind: str) -> None:
     assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
     outcome = {"gradients": recorder.gradients, "logs": trainer.state.log_history}
     torch.save(outcome, folder / f"rank{trainer.args.process_index}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
