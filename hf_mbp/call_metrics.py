@@ -60,7 +60,8 @@ class CallMetrics:
 
     def idle(self, micro_batch: MicroBatch) -> None:
         """Counts the tokens of a micro-batch that is not run."""
-        self._tokens += micro_batch.tokens
+        if hasattr(self._trainer, TOKENS):
+            self._tokens += micro_batch.tokens
 
     def merge(self) -> None:
         """Appends one entry a metric for the mini-batch; to be called by all ranks once a step."""
