@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from hf_mbp.collate import Inputs, has_entry_for_each_row
+from hf_mbp.collate import Inputs, has_entry_for_each_row, select_rows
 
 IGNORE_INDEX = -100
 """Label that no loss counts, in all of transformers and PyTorch."""
@@ -108,12 +108,7 @@ def _span(used: torch.Tensor, multiple_of: int) -> slice:
 
 def without_padding(inputs: Inputs) -> Inputs:
     """The last row alone, unpadded, its last token made a label, so that it has a loss."""
-    num_rows = len(inputs["attention_mask"])
-    row = {
-        key: value[-1:] if isinstance(value, torch.Tensor) and value.ndim and len(value) == num_rows else value
-        for key, value in inputs.items()
-    }
-    row = trim(row)
+    row = trim(select_rows(inputs, [len(inputs["attention_mask"]) - 1]))
     labels = row["labels"].clone()
     labels[:, -1] = labels.clamp(min=0)[:, -1]
     return {**row, "labels": labels}

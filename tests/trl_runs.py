@@ -10,11 +10,10 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_mbp import MBPConfig, MBPMixin
-from tests.helpers import VOCABULARY, Recorder, build, llama_config, tokenizer
+from tests.helpers import VOCABULARY, Recorder, build, llama_config, word_tokenizer
 
 NO_RECOMPUTATION = {
     next(name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(trl.SFTConfig, name)): False
@@ -116,9 +115,8 @@ CASES = {
 
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of the other tests, which also splits at white space and knows chats."""
-    made = tokenizer()
-    made.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    """The tokenizer of the other tests, which also knows chats."""
+    made = word_tokenizer()
     made.chat_template = CHAT_TEMPLATE
     return made
 
