@@ -27,7 +27,6 @@ from tests.helpers import (
     build,
     gpt2_config,
     llama_config,
-    masked_prefix,
     mbp_trainer,
     relative_error,
     t5_config,
@@ -36,7 +35,7 @@ from tests.helpers import (
     with_labels,
 )
 from tests.test_check import ClassWeighted
-from tests.test_equivalence import HEAD_IN_FLOAT32, HEADS, IN_FLOAT64
+from tests.test_equivalence import HEAD_IN_FLOAT32, HEADS, IN_FLOAT64, causal_rows, class_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,14 +44,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
 ]
-
-
-def class_rows() -> list[dict[str, Any]]:
-    return with_labels(token_rows(), lambda index, row: index % 3)
-
-
-def causal_rows() -> list[dict[str, Any]]:
-    return with_labels(token_rows(), masked_prefix)
 
 
 def seq2seq_rows(num_masked: int = 0) -> list[dict[str, Any]]:
