@@ -37,26 +37,6 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
 
 
 @contextmanager
-def deferred_collation(trainer: Any, collator: Any) -> Iterator[None]:
-    """Lets `get_train_dataloader` build its loader with another collator.
-
-    `Trainer._get_dataloader` reads `data_collator` and wraps it to remove unused columns. For iterable data sets
-    Accelerate would build a dispatcher, which concatenates tensors; one process does not need it.
-    """
-    config = trainer.accelerator.dataloader_config
-    dispatches = config.dispatch_batches
-    if trainer.accelerator.num_processes == 1:
-        dispatches = False
-    elif dispatches or (dispatches is None and isinstance(trainer.train_dataset, torch.utils.data.IterableDataset)):
-        raise ValueError(
-            "Iterable training data is dispatched from the first process, which needs rows padded to equal lengths. "
-            "Let every process read its own share: accelerator_config={'dispatch_batches': False}."
-        )
-    with replaced(trainer, data_collator=collator), replaced(config, dispatch_batches=dispatches):
-        yield
-
-
-@contextmanager
 def weighted_loss(trainer: Any, weight: float, num_items: float) -> Iterator[None]:
     """Makes the stock `training_step` back-propagate `weight` times the mean loss of its micro-batch.
 
@@ -121,9 +101,14 @@ def local_gradients(accelerator: Any, model: torch.nn.Module, no_sync: Any = Non
     """A context in which gradients stay on this rank, for all micro-batches of a step but the last.
 
     Besides `no_sync` the flag of Accelerate has to be cleared: stock reduces replicated parameters, and DeepSpeed's
-    wrapper steps the engine, whenever it is set.
+    wrapper steps the engine, whenever it is set. Whoever asks for `sync_each_batch` wants gradients reduced, and
+    sharded, after each micro-batch: more communication, but no unsharded gradients in memory; the sum is the same.
+    DeepSpeed does so from ZeRO-2 on anyway.
     """
     state = accelerator.gradient_state
+    if state.plugin_kwargs.get("sync_each_batch") and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        yield
+        return
     syncs = state.sync_gradients
     state._set_sync_gradients(False)
     try:
@@ -160,6 +145,16 @@ def void_step(accelerator: Any, model: torch.nn.Module) -> None:
         scaler.scale(torch.zeros((), device=accelerator.device))  # its scale is made at the first call
         parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
         parameter.grad = torch.full_like(parameter, float("inf"))
+
+
+def reads_a_stream(trainer: Any) -> bool:
+    """Whether it is only known at its end how many batches the training loader has."""
+    return not has_length(trainer.callback_handler.train_dataloader)
+
+
+def num_elements(parameter: torch.Tensor) -> int:
+    """Elements of a parameter; ZeRO-3 leaves an empty tensor in its place, and keeps the number beside it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def is_sharded(trainer: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -10,8 +11,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_mbp import collate, compat, equivalence, memory, other_trainers, probe
-from hf_mbp.collate import Batch, Inputs, KeepRows
+from hf_mbp import collate, compat, equivalence, loaders, memory, other_trainers, probe
+from hf_mbp.collate import Batch, Inputs, KeepRows, Rows
 from hf_mbp.distributed import Ranks
 from hf_mbp.equivalence import NothingToCompareError
 from hf_mbp.items import checked_count
@@ -21,10 +22,27 @@ from hf_mbp.probe import LossFunction, LossTraits
 from hf_mbp.report import StepReport, padded_rows_note, start_line
 from hf_mbp.run_budget import RunBudget
 from hf_mbp.sizing import cost_of
-from hf_mbp.step import MicroBatch, RowFunctions, split_mini_batch, weigh
+from hf_mbp.step import MicroBatch, RowFunctions, as_filler, split_mini_batch, weigh
 
 CHECKED_ROWS = 8
 """Rows of the first step that exactness is checked on, the shortest: enough for uneven micro-batches, and cheap."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Rows that are planned together.
+
+    `sizes` are theirs, `[rows, parts]`, and `batch_sizes` those of the batches they were read in, to compare with.
+    """
+
+    rows: list[Any]
+    sizes: Ints
+    batch_sizes: list[Ints]
+
+    @property
+    def is_borrowed(self) -> bool:
+        """Whether this rank had no rows to read, and has to take part with one that adds nothing."""
+        return not self.batch_sizes
 
 
 class Feed:
@@ -39,6 +57,7 @@ class Feed:
         self._traits = LossTraits()
         self._filler: MicroBatch | None = None
         self._left_over: list[Any] = []
+        self._spare: list[Any] = []
         self._checked: set[Any] = set()
         self._has_told: set[str] = set()
 
@@ -46,10 +65,19 @@ class Feed:
         """Forgets what was found out about the model, data and memory; a new run of training finds it out again."""
         self.budget.forget()
         self._cost, self._filler = None, None
-        self._left_over = []
+        self._left_over, self._spare = [], []
         self._checked = set()
         self._traits = LossTraits()
         self.report.restart()
+
+    def as_many_as_others(self, batches: list[Any]) -> list[Any]:
+        """The batches that were read, and empty ones where other ranks have read more: all stop at the same step.
+
+        Only ranks that read streams may differ.
+        """
+        if self.ranks.count == 1 or not compat.reads_a_stream(self.trainer):
+            return batches
+        return batches + [Rows([])] * (self.ranks.highest(len(batches)) - len(batches))
 
     def whole_step(self, batches: list[Any], num_batches: int) -> list[Any]:
         """The batches of a whole optimizer step; those of a step that the end of the data cuts short wait for the next.
@@ -57,7 +85,7 @@ class Feed:
         Stock does not step then, and adds their gradient to that of the next step.
         """
         self._left_over += batches
-        if len(batches) < num_batches and self.ranks.count == 1:
+        if len(batches) < num_batches:
             return []
         whole, self._left_over = self._left_over, []
         return whole
@@ -66,16 +94,19 @@ class Feed:
         """The weighed micro-batches of an optimizer step, from what its data loader returned."""
         if all(isinstance(batch, Batch) for batch in batches):
             return self._weighed(self._split([batch.unpack() for batch in batches]))
-        micro_batches = [self._ready_made(batch) for batch in batches]
+        micro_batches = [self._ready_made(batch) for batch in batches if not isinstance(batch, Batch)]
         self.report.add_step(micro_batches, [], 0)
         return self._weighed(micro_batches)
+
+    @property
+    def _workers_collate(self) -> bool:
+        collates_in = self.trainer.mbp_config.collate_in
+        return bool(collates_in == "workers" or other_trainers.is_sentence_transformers(self.trainer))
 
     def loader_collator(self) -> KeepRows:
         """What the training loader has in place of the user's collator."""
         collator = self.trainer.data_collator
-        if self.trainer.mbp_config.collate_in == "workers" or other_trainers.is_sentence_transformers(self.trainer):
-            return CollateInWorkers(collator)
-        return KeepRows(collator)
+        return CollateInWorkers(collator) if self._workers_collate else KeepRows(collator)
 
     # Questions about rows and inputs
 
@@ -98,11 +129,13 @@ class Feed:
 
         Rows that were collated in the workers lose the padding that none of their group needs, unless `keep_width`.
         """
+        return [self._settled(inputs) for inputs in self._padded(groups, keep_width=keep_width)]
+
+    def _padded(self, groups: list[list[Any]], *, keep_width: bool) -> list[Inputs]:
         if isinstance(groups[0][0], CollatedRow):
-            return [self._settled(self._cut_out(group, keep_width=keep_width)) for group in groups]
+            return [self._cut_out(group, keep_width=keep_width) for group in groups]
         with self.report.collation():
-            collated = collate.collated(self.trainer.data_collator, groups)
-        return [self._settled(inputs) for inputs in collated]
+            return collate.collated(self.trainer.data_collator, groups)
 
     def _cut_out(self, rows: list[CollatedRow], *, keep_width: bool) -> Inputs:
         return cut_out(
@@ -118,7 +151,7 @@ class Feed:
         Raises:
             ValueError: the user's own loader pads its batches itself.
         """
-        loader = self.trainer.get_train_dataloader()
+        loader = loaders.source_of(self.trainer.get_train_dataloader())
         if isinstance(loader.dataset, torch.utils.data.IterableDataset):
             rows = list(islice(loader.dataset, num_rows))
         else:
@@ -158,17 +191,17 @@ class Feed:
     # From rows to micro-batches
 
     def _split(self, batches: list[list[Any]]) -> list[MicroBatch]:
-        batch_sizes = [self.sizes(batch) for batch in batches]
-        pools = _pools(batches, batch_sizes)
-        rows, sizes = max(pools, key=lambda pool: _longest(pool[1]))
-        budget = self.budget.settle(rows, sizes)
-        max_tokens = self._warn_of_long_rows(budget, _longest(sizes))
+        pools = self._pools(batches)
+        largest = max(pools, key=lambda pool: _longest(pool.sizes))
+        budget = self.budget.settle(largest.rows, largest.sizes)
+        max_tokens = self._warn_of_long_rows(budget, _longest(largest.sizes))
         is_first_step, cost = self._cost is None, self._cost_of_model()
-        checks = [self._check(pool_rows) for pool_rows, _ in pools if self._is_unchecked(pool_rows[0])]
-        functions = RowFunctions(collate=self.collate, num_items=self.num_items, num_cells=self._num_cells)
-        split = partial(split_mini_batch, budget=budget, cost=cost, functions=functions, ranks=self.ranks)
+        if is_first_step and compat.is_sharded(self.trainer):
+            self._find_out_together(pools[0].rows)
+        checks = [self._check(pool.rows) for pool in pools if self._is_unchecked(pool.rows[0])]
         with collate.seeded(self.trainer.args.seed, self.trainer.state.global_step, self.trainer.args.process_index):
-            micro_batches = [micro_batch for pool in pools for micro_batch in split(*pool)]
+            micro_batches = [micro_batch for pool in pools for micro_batch in self._planned(pool, budget, cost)]
+        batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
         self.report.add_step(micro_batches, batch_sizes, max_tokens)
         if is_first_step:
             num_rows = sum(map(len, batches))
@@ -177,6 +210,44 @@ class Feed:
         if (note := self.report.slow_collation_note()) and self._is_first("slow collation"):
             self._tell(note)
         return micro_batches
+
+    def _pools(self, batches: list[list[Any]]) -> list[Pool]:
+        """Pools of the rows of all batches together; of each batch by itself, where the workers have padded it."""
+        groups = [[batch] for batch in batches] if self._workers_collate else [batches]
+        pools = [self._pool([batch for batch in group if batch]) for group in groups]
+        if not pools[-1].is_borrowed:
+            self._spare = [pools[-1].rows[int(pools[-1].sizes.sum(axis=1).argmin())]]
+        return pools
+
+    def _pool(self, batches: list[list[Any]]) -> Pool:
+        rows = list(chain.from_iterable(batches)) or self._spare_row()
+        sizes = self.sizes(rows)
+        batch_sizes = np.split(sizes, np.cumsum([len(batch) for batch in batches])[:-1]) if batches else []
+        if _need_one_width(rows):
+            sizes = np.broadcast_to(sizes.max(axis=0), sizes.shape)
+        return Pool(rows=rows, sizes=sizes, batch_sizes=batch_sizes)
+
+    def _spare_row(self) -> list[Any]:
+        """A row to take part with, where this rank has none and others have."""
+        if row := self._spare or self.sample(1):
+            return row
+        raise ValueError(
+            f"Process {self.trainer.args.process_index} has no training data at all: its share is empty. Start fewer "
+            "processes, or let the first one read for all: accelerator_config={'dispatch_batches': True}."
+        )
+
+    def _planned(self, pool: Pool, budget: Budget, cost: Cost) -> list[MicroBatch]:
+        functions = RowFunctions(collate=self.collate, num_items=self.num_items, num_cells=self._num_cells)
+        micro_batches = split_mini_batch(
+            pool.rows, pool.sizes, budget=budget, cost=cost, functions=functions, ranks=self.ranks
+        )
+        return [as_filler(micro_batch) for micro_batch in micro_batches] if pool.is_borrowed else micro_batches
+
+    def _find_out_together(self, rows: list[Any]) -> None:
+        """Tries the loss now, on all ranks alike: a forward pass of a sharded model is a collective."""
+        group = sorted(rows, key=lambda row: int(self.sizes([row]).sum()))[:2]
+        (inputs,) = self._padded([group], keep_width=False)
+        self._traits.find_out(*self._loss_and_modules(), inputs)
 
     def _tell(self, note: str | None) -> None:
         """Prints a note, above the progress bar, on the first process."""
@@ -262,17 +333,6 @@ class Feed:
         if is_exact and report.tolerance == equivalence.HALF_PRECISION_TOLERANCE:
             verdict = "Checked as far as half precision can tell"
         return f"{verdict}: split and whole gradient differ by {report.max_relative_error:.1g}."
-
-
-def _pools(batches: list[list[Any]], batch_sizes: list[Ints]) -> list[tuple[list[Any], Ints]]:
-    """Rows that are planned together, and their sizes: those of all batches; padded ones with those of their batch."""
-    pools = [(list(chain.from_iterable(batches)), np.concatenate(batch_sizes))]
-    if isinstance(batches[0][0], CollatedRow):
-        pools = [(rows, sizes.copy()) for rows, sizes in zip(batches, batch_sizes, strict=True)]
-    for rows, sizes in pools:
-        if _need_one_width(rows):
-            sizes[:] = sizes.max(axis=0)
-    return pools
 
 
 def _is_alike(row: Any, other: Any) -> bool:

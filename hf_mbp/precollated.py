@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_mbp.collate import Batch, Collator, Inputs, KeepRows, as_inputs
+from hf_mbp.collate import Batch, Collator, Inputs, KeepRows, Rows, as_inputs
 from hf_mbp.padding import IGNORE_INDEX, MASK, trim
 
 
@@ -18,8 +18,9 @@ class CollateInWorkers(KeepRows):
         super().__init__(collator)
         self._collator = collator
 
-    def __call__(self, rows: list[Any]) -> "Collated":  # type: ignore[override]
-        return Collated(as_inputs(self._collator(rows)), len(rows))
+    def __call__(self, rows: list[Any]) -> "Rows | Collated":  # type: ignore[override]
+        """The padded batch; an empty one, which a rank gets where others have more, is no collator's business."""
+        return Collated(as_inputs(self._collator(rows)), len(rows)) if rows else Rows(rows)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ import torch
 from hf_mbp import compat
 from hf_mbp.collate import Inputs, has_entry_for_each_row, seeded
 from hf_mbp.items import changed_first_labels, count_items, has_token_labels, shift_probes
-from hf_mbp.padding import is_left_padded, settle_left_padding, without_padding
+from hf_mbp.padding import is_left_padded, settle_left_padding, width_of, without_padding
 
 LossFunction = Callable[[Inputs, float], torch.Tensor]
 """The mean loss of collated inputs, which have so many items."""
@@ -154,6 +154,13 @@ class LossTraits:
                 one, other = _values(loss, modules, *changed_first_labels(inputs))
             self._shifts = isclose(one, other, rel_tol=ROUNDING) or (isnan(one) and isnan(other))
         return self._shifts
+
+    def find_out(self, loss: LossFunction, modules: list[torch.nn.Module], inputs: Inputs) -> None:
+        """Tries everything there is to try now, whatever the inputs of this rank, so that no rank has to try alone."""
+        if not has_token_labels(inputs) or "shift_labels" in inputs or not self.shifts_labels(loss, modules, inputs):
+            return
+        if width_of(inputs) is not None:
+            self._from_zero = compat.accepts(modules[0], "position_ids") and _counts_from_zero(loss, modules, inputs)
 
     def settled(self, loss: LossFunction, modules: list[torch.nn.Module], inputs: Inputs) -> Inputs:
         """Inputs that do not depend on the width they are padded to; see `padding.settle_left_padding`."""

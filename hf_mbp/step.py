@@ -120,12 +120,13 @@ def weigh(micro_batches: list[MicroBatch], ranks: Ranks, filler: MicroBatch | No
         idle = [replace(micro_batch, is_idle=True) for micro_batch in weighed if micro_batch.num_items == 0]
         return idle + [micro_batch for micro_batch in weighed if micro_batch.num_items > 0]
     weighed = [mb if mb.num_items > 0 else replace(mb, inputs=with_an_item(mb.inputs)) for mb in weighed]
-    return weighed + _fillers(filler or weighed[-1], most - len(weighed))
+    return weighed + [as_filler(filler or weighed[-1])] * (most - len(weighed))
 
 
-def _fillers(model: MicroBatch, count: int) -> list[MicroBatch]:
-    empty = replace(model, inputs=with_an_item(model.inputs), num_rows=0, num_items=0, cells=0, tokens=0, weight=0.0)
-    return [empty] * count
+def as_filler(micro_batch: MicroBatch) -> MicroBatch:
+    """A micro-batch that runs so that this rank takes part, and adds and counts nothing."""
+    inputs = with_an_item(micro_batch.inputs)
+    return replace(micro_batch, inputs=inputs, num_rows=0, num_items=0, cells=0, tokens=0, weight=0.0)
 
 
 def deal(micro_batches: list[MicroBatch], num_piles: int) -> list[list[MicroBatch]]:

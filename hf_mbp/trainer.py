@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Seq2SeqTrainer, Trainer
 
-from hf_mbp import collate, compat, items, memory, other_trainers
+from hf_mbp import collate, compat, items, loaders, memory, other_trainers
 from hf_mbp.call_metrics import CallMetrics
 from hf_mbp.collate import Inputs
 from hf_mbp.config import MBPConfig
@@ -54,7 +54,7 @@ class MBPMixin(_Base):
     * `__init__`: takes `mbp_config`; refuses what cannot be exact.
     * `train`: adds the totals of the run to its metrics.
     * `_inner_training_loop`: starts afresh what is found out about model, data and memory.
-    * `get_train_dataloader`: has the loader hand over rows that are not padded yet.
+    * `get_train_dataloader`, `num_examples`: have the loader hand over rows that are not padded yet.
     * `get_batch_samples`: plans and pads the rows of a whole optimizer step.
     * `training_step`: runs the micro-batches, each by the `training_step` of the next class.
     * `log`, `_maybe_log_save_evaluate`: the `mbp_` entries, and the clock behind them.
@@ -135,13 +135,19 @@ class MBPMixin(_Base):
 
     def get_train_dataloader(self) -> Any:
         """The stock loader, except that its batches are rows; whoever overrides it may return any batches."""
-        with compat.deferred_collation(self, self.mbp_feed.loader_collator()):
-            return super().get_train_dataloader()
+        with loaders.deferred_collation(self, self.mbp_feed.loader_collator()):
+            loader = super().get_train_dataloader()
+        return loaders.for_all_ranks(loader)
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Rows of the data set, also where they are dealt from the first rank."""
+        return int(super().num_examples(loaders.source_of(dataloader)))
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], None]:
         """Reads the batches of an optimizer step and returns as many, with their rows grouped into micro-batches."""
         self._report.start_step()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = self.mbp_feed.as_many_as_others(batches)
         if not batches:
             return [], None
         step = self.mbp_feed.whole_step(batches, num_batches)

@@ -23,6 +23,7 @@ LAYERS = [
     "equivalence",
     "sizing",
     "probe",
+    "loaders",
     "compat",
     "config",
     "memory",
@@ -37,7 +38,7 @@ LAYERS = [
 """From the top down. A module imports only modules further down; `cli` is a package, and imports within it are its own
 business."""
 
-KNOWS_UPSTREAM = {"cli", "trainer", "compat"}
+KNOWS_UPSTREAM = {"cli", "trainer", "loaders", "compat"}
 """`compat` knows private names of transformers and Accelerate, the others public ones."""
 
 
