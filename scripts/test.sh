@@ -16,6 +16,10 @@ fi
 # Plain `torch` may bring gigabytes of CUDA libraries; this version is the one that is tested.
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+if [ ! -d "$venv/deepspeed" ]; then
+    DS_BUILD_OPS=0 DS_ACCELERATOR=cpu "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+        --target "$venv/deepspeed" --requirement tests/distributed/deepspeed.txt
+fi
 
 # One thread a process: the tests run in as many processes as there are cores, and tiny models gain nothing from more.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1

@@ -1,8 +1,10 @@
-"""Run by several processes: trains the named cases and saves weights, losses and what stock would have read, per rank."""
+"""Run by several processes: trains the named cases and saves weights, losses and what stock reads, per rank."""
 
 import copy
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,23 @@ from tests.distributed.ending import leave
 from tests.helpers import Pad, arguments
 
 LAYERS = {"bert": "BertLayer", "llama": "LlamaDecoderLayer"}
-"""What FSDP wraps. For BERT it has to be said: by itself Accelerate 1.15 wraps the token embeddings twice, and fails."""
+"""What FSDP wraps. Accelerate 1.15 by itself would wrap the token embeddings of BERT twice, and fail."""
+
+ZERO_STAGES = {"zero2": 2, "zero3": 3}
+
+DEEPSPEED = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "zero_allow_untested_optimizer": True,
+    "gradient_clipping": "auto",
+}
+
+NOTHING_STAYS_WHOLE = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+}
+"""ZeRO-3 would keep tiny models like these whole on all ranks."""
 
 LEARNING_RATE = 0.1
 
@@ -28,10 +46,26 @@ STEPS_OF_STREAM = 7
 """Streams have no length: they are read again until there were that many steps, into the second epoch at least."""
 
 
+@contextmanager
+def deepspeed_on_cpus() -> Iterator[None]:
+    """Accelerate looks for a GPU when it starts DeepSpeed, which itself runs on CPUs, too."""
+    prepare = PartialState._prepare_backend
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    try:
+        yield
+    finally:
+        PartialState._prepare_backend = prepare
+
+
 def strategy_of(case: Case) -> dict[str, Any]:
     """What `TrainingArguments` are told about how the model is distributed."""
     if case.strategy == "ddp":
         return {}
+    if case.strategy in ZERO_STAGES:
+        return {
+            "deepspeed": {**DEEPSPEED, "zero_optimization": {"stage": ZERO_STAGES[case.strategy]}},
+            "use_cpu": False,
+        }
     config = {"version": 2, "transformer_layer_cls_to_wrap": [LAYERS[case.model]]}
     mesh = {"parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)}
     return {"fsdp": True, "fsdp_config": config, **(mesh if case.strategy == "hsdp" else {})}
@@ -41,20 +75,21 @@ def arguments_of(case: Case, folder: Path, **changes: Any) -> TrainingArguments:
     """Plain SGD in the order of the rows."""
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # set by the case before
-    made = arguments(
-        folder,
-        **{
-            "per_device_train_batch_size": 4,
-            "train_sampling_strategy": "sequential",
-            "learning_rate": LEARNING_RATE,
-            "accelerator_config": copy.deepcopy(case.accelerator),  # stock writes into it
-            "max_steps": STEPS_OF_STREAM if case.is_stream else -1,
-            "num_train_epochs": 1,
-            **strategy_of(case),
-            **case.arguments,
-            **changes,
-        },
-    )
+    with deepspeed_on_cpus() if case.strategy in ZERO_STAGES else nullcontext():
+        made = arguments(
+            folder,
+            **{
+                "per_device_train_batch_size": 4,
+                "train_sampling_strategy": "sequential",
+                "learning_rate": LEARNING_RATE,
+                "accelerator_config": copy.deepcopy(case.accelerator),  # stock writes into it
+                "max_steps": STEPS_OF_STREAM if case.is_stream else -1,
+                "num_train_epochs": 1,
+                **strategy_of(case),
+                **case.arguments,
+                **changes,
+            },
+        )
     if case.strategy in ("fsdp2", "hsdp"):  # Accelerate shards on GPUs only; torch does on CPUs, too
         made.device  # noqa: B018
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -96,9 +131,20 @@ def trainer_of(case: Case, folder: Path, **changes: Any) -> MBPTrainer:
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The whole weights, put together from all ranks."""
-    return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in model.named_parameters()
-    }
+    with gathered(list(model.parameters())):
+        return {
+            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+            for name, p in model.named_parameters()
+        }
+
+
+def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+    """A context in which the parameters that ZeRO-3 has sharded are whole."""
+    if not hasattr(parameters[0], "ds_numel"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
 
 
 def assert_distributed(case: Case, trainer: MBPTrainer) -> None:
@@ -106,6 +152,13 @@ def assert_distributed(case: Case, trainer: MBPTrainer) -> None:
     wrapped = trainer.model_wrapped
     if case.strategy == "ddp":
         assert type(wrapped).__name__ == "DistributedDataParallel"
+        return
+    if case.strategy in ZERO_STAGES:
+        assert type(wrapped).__name__ == "DeepSpeedEngine"
+        assert wrapped.zero_optimization_stage() == ZERO_STAGES[case.strategy]
+        whole = [p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in wrapped.parameters()]
+        held = [p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in wrapped.parameters()]
+        assert sum(held) == sum(whole) if case.strategy == "zero2" else sum(held) < 0.6 * sum(whole)
         return
     assert isinstance(wrapped, FSDPModule)
     parameters = list(wrapped.parameters())

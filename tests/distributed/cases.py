@@ -89,7 +89,7 @@ ON_TWO = {
     "causal, padded left": Case(model="llama", padding_side="left"),
 }
 
-SHARDED = {
+FSDP2 = {
     "fsdp2": Case(strategy="fsdp2"),
     "fsdp2, accumulated": Case(strategy="fsdp2", arguments=TWICE),
     "fsdp2, the last rank has no batch": Case(strategy="fsdp2", accelerator=UNEVEN),
@@ -111,7 +111,20 @@ ON_FOUR = {
     "hsdp, only the first rank has a batch": Case(strategy="hsdp", accelerator=UNEVEN, rows=19),
 }
 
-CASES = ON_TWO | SHARDED | ON_FOUR
+ZERO = {
+    f"{stage}{', ' if what else ''}{what}": Case(strategy=stage, **changes)
+    for stage in ("zero2", "zero3")
+    for what, changes in {
+        "": {},
+        "accumulated": {"arguments": TWICE},
+        "the last rank has no batch": {"accelerator": UNEVEN},
+        "a rank without items": {"labels": "none on the second rank"},
+        "a stream": {"data": "stream"},
+        "causal, padded left": {"model": "llama", "padding_side": "left"},
+    }.items()
+}
+
+CASES = ON_TWO | FSDP2 | ON_FOUR | ZERO
 
 
 def model_of(case: Case) -> PreTrainedModel:

@@ -1,15 +1,11 @@
 """Two processes under DistributedDataParallel give the gradient of plain PyTorch on both their rows."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from transformers import LlamaForCausalLM
 
+from tests.distributed.launching import launch
 from tests.distributed.worker import rows_of
 from tests.helpers import (
     Pad,
@@ -19,28 +15,10 @@ from tests.helpers import (
     whole_gradients,
 )
 
-ROOT = Path(__file__).parents[2]
-
-
-def launch(folder: Path, *arguments: Any, worker: str = "worker") -> list[Any]:
-    """What each of two ranks saved; fails if they hang."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(  # noqa: S603
-        [*command, "-m", f"tests.distributed.{worker}", str(folder), *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        timeout=270,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
-
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_gradients_and_loss_are_those_of_all_rows(accumulation: int, tmp_path: Path) -> None:
-    ranks = launch(tmp_path, accumulation, "dense")
+    ranks = launch("worker", tmp_path, accumulation, "dense")
     model, rows = build(LlamaForCausalLM, llama_config()), rows_of("dense")
     whole_loss, expected = whole_gradients(model, lambda m: m(**Pad()(rows[:16])).loss)
     for rank in ranks:
@@ -54,7 +32,7 @@ def test_gradients_and_loss_are_those_of_all_rows(accumulation: int, tmp_path: P
 
 def test_a_rank_without_items_and_a_loss_that_divides_by_them(tmp_path: Path) -> None:
     """Fillers and micro-batches without items run at weight zero; divided by zero items they would be NaN."""
-    ranks = launch(tmp_path, 1, "sparse")
+    ranks = launch("worker", tmp_path, 1, "sparse")
     model, rows = build(LlamaForCausalLM, llama_config()), rows_of("sparse")
     expected = whole_gradients(model, lambda m: m(**Pad()(rows[:16])).loss)[1]
     for rank in ranks:
@@ -63,7 +41,7 @@ def test_a_rank_without_items_and_a_loss_that_divides_by_them(tmp_path: Path) ->
 
 def test_a_loop_without_a_trainer(tmp_path: Path) -> None:
     """13 rows on one rank, 3 on the other, some without labels."""
-    ranks = launch(tmp_path, worker="loop_worker")
+    ranks = launch("loop_worker", tmp_path)
     rows = rows_of("sparse")[:16]
     whole_loss, expected = whole_gradients(
         build(LlamaForCausalLM, llama_config()), lambda model: model(**Pad()(rows)).loss

@@ -1,45 +1,19 @@
 """Two processes with `MBPMixin` do what stock TRL does in one process with all their rows."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
+from tests.distributed.launching import launch
 from tests.distributed.trl_worker import NAMES, rows_of
 from tests.test_trl import assert_same_gradients, assert_same_logs
 from tests.trl_runs import CASES, Outcome, outcome_of, trainer_of
-
-ROOT = Path(__file__).parents[2]
-SECONDS = 120
-"""Several times what the two processes need; one that waits for the other forever fails then."""
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Outcome]]:
     """The outcomes of all cases on each of two ranks, from one launch."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    launched: Any = subprocess.Popen(  # noqa: S603
-        [*command, "-m", "tests.distributed.trl_worker", str(folder)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        _, errors = launched.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        launched.terminate()  # which ends the ranks as well
-        _, errors = launched.communicate()
-        pytest.fail(f"the ranks hang: no end after {SECONDS} s.\n{errors[-4000:]}")
-    assert launched.returncode == 0, errors[-8000:]
-    saved = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    saved = launch("trl_worker", tmp_path_factory.mktemp("ranks"))
     return [{name: Outcome(**outcome) for name, outcome in outcomes.items()} for outcomes in saved]
 
 
