@@ -61,7 +61,7 @@ def strategy_of(case: Case) -> dict[str, Any]:
     """What `TrainingArguments` are told about how the model is distributed."""
     if case.strategy == "ddp":
         return {}
-    if case.strategy in ZERO_STAGES:
+    if case.is_zero:
         return {
             "deepspeed": {**DEEPSPEED, "zero_optimization": {"stage": ZERO_STAGES[case.strategy]}},
             "use_cpu": False,
@@ -75,7 +75,7 @@ def arguments_of(case: Case, folder: Path, **changes: Any) -> TrainingArguments:
     """Plain SGD in the order of the rows."""
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # set by the case before
-    with deepspeed_on_cpus() if case.strategy in ZERO_STAGES else nullcontext():
+    with deepspeed_on_cpus() if case.is_zero else nullcontext():
         made = arguments(
             folder,
             **{
@@ -153,7 +153,7 @@ def assert_distributed(case: Case, trainer: MBPTrainer) -> None:
     if case.strategy == "ddp":
         assert type(wrapped).__name__ == "DistributedDataParallel"
         return
-    if case.strategy in ZERO_STAGES:
+    if case.is_zero:
         assert type(wrapped).__name__ == "DeepSpeedEngine"
         assert wrapped.zero_optimization_stage() == ZERO_STAGES[case.strategy]
         whole = [p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in wrapped.parameters()]

@@ -37,6 +37,15 @@ class Case:
         return self.data in ("stream", "shards")
 
     @property
+    def is_zero(self) -> bool:
+        return self.strategy in ("zero2", "zero3")
+
+    @property
+    def is_in_float64(self) -> bool:
+        """Llama computes its loss in float32, DeepSpeed its weights."""
+        return self.model != "llama" and not self.is_zero
+
+    @property
     def accumulation(self) -> int:
         return int(self.arguments.get("gradient_accumulation_steps", 1))
 
