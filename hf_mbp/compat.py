@@ -219,6 +219,20 @@ def warn_of_smaller_batch(before: int | None, batch_size: int | None) -> None:
         )
 
 
+def forget_evaluation(trainer: Any) -> None:
+    """Lets training wrap a model that was evaluated before it in `DistributedDataParallel`.
+
+    `Trainer.evaluate` prepares the bare model (`prepare_model(evaluation_mode=True)`), which marks it as prepared, and
+    `prepare` then returns it as it is: every rank would train by itself, on its own rows (accelerate 1.15).
+    """
+    accelerator, model = trainer.accelerator, trainer.model
+    is_replicated = accelerator.distributed_type.value.startswith("MULTI_")
+    is_wrapped = isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+    if is_replicated and not is_wrapped and vars(model).pop("_is_accelerate_prepared", False):
+        trainer.model_wrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        accelerator._models.clear()
+
+
 def require_rows(trainer: Any) -> None:
     """Raises `ValueError` if the training data is empty."""
     dataset = trainer.train_dataset

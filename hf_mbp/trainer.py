@@ -52,7 +52,7 @@ class MBPMixin(_Base):
     What it overrides, and why:
 
     * `__init__`: takes `mbp_config`; refuses what cannot be exact.
-    * `train`: adds the totals of the run to its metrics.
+    * `train`: adds the totals of the run to its metrics; has ranks train together after an evaluation.
     * `_inner_training_loop`: starts afresh what is found out about model, data and memory.
     * `get_train_dataloader`: has the loader hand over rows that are not padded yet.
     * `get_batch_samples`: plans and pads the rows of a whole optimizer step.
@@ -121,6 +121,7 @@ class MBPMixin(_Base):
             ValueError: there is nothing to train on, or nothing fits the memory limit.
         """
         compat.require_rows(self)
+        compat.forget_evaluation(self)
         self._batch_size_before: int | None = None
         output = super().train(*args, **kwargs)
         output.metrics.update(self._report.totals(self._ranks))
