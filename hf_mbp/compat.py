@@ -195,6 +195,27 @@ def refuse_unsupported(trainer: Any) -> None:
         raise ValueError(f"Micro-batching does not support {what}: {why}")
 
 
+def own_store(name: str) -> Any:
+    """A connection of its own to the store that the ranks met at, with keys under a name; `None` where there is none.
+
+    Over the connection of the process group it would wait whenever the main thread waits for a key. MPI has no store.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_backend() == "mpi":
+        return None
+    c10d: Any = torch.distributed.distributed_c10d
+    return c10d.PrefixStore(name, c10d._get_default_store().clone())
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an exception is what a rank sees when another one is gone, and no failure of its own.
+
+    NCCL and the store raise a `DistError`; gloo a `RuntimeError` that begins with a place in its sources.
+    """
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "/gloo/" in str(error)
+    )
+
+
 def accepts(model: torch.nn.Module, argument: str) -> bool:
     """Whether the forward pass of the model, also compiled or under PEFT, may have an argument of that name."""
     base: Any = getattr(model, "_orig_mod", model)
@@ -212,6 +233,20 @@ def warn_of_smaller_batch(before: int | None, batch_size: int | None) -> None:
             "changes the optimisation. Turn it off, and set memory_limit or max_tokens_per_micro_batch lower instead.",
             stacklevel=3,
         )
+
+
+def forget_evaluation(trainer: Any) -> None:
+    """Lets training wrap a model that was evaluated before it in `DistributedDataParallel`.
+
+    `Trainer.evaluate` prepares the bare model (`prepare_model(evaluation_mode=True)`), which marks it as prepared, and
+    `prepare` then returns it as it is: every rank would train by itself, on its own rows (accelerate 1.15).
+    """
+    accelerator, model = trainer.accelerator, trainer.model
+    is_replicated = accelerator.distributed_type.value.startswith("MULTI_")
+    is_wrapped = isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+    if is_replicated and not is_wrapped and vars(model).pop("_is_accelerate_prepared", False):
+        trainer.model_wrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        accelerator._models.clear()
 
 
 def require_rows(trainer: Any) -> None:

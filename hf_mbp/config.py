@@ -56,6 +56,14 @@ memory_limit="20GiB", or memory_limit=0.8 for 80 % of the memory.
         },
     )
 
+    rank_timeout: float = field(
+        default=60.0,
+        metadata={
+            "help": "Seconds within which the failure of one of several processes ends all of them, with its cause. "
+            "0 turns that off: they then wait for ddp_timeout."
+        },
+    )
+
     def __post_init__(self) -> None:
         if self.max_tokens_per_micro_batch is not None:
             check_max_tokens(self.max_tokens_per_micro_batch, "max_tokens_per_micro_batch")
@@ -66,3 +74,14 @@ memory_limit="20GiB", or memory_limit=0.8 for 80 % of the memory.
             raise ValueError(f"on_inexact={self.on_inexact!r} is unknown. Write one of {', '.join(ON_INEXACT)}.")
         if self.collate_in not in COLLATE_IN:
             raise ValueError(f"collate_in={self.collate_in!r} is unknown. Write one of {', '.join(COLLATE_IN)}.")
+        check_rank_timeout(self.rank_timeout)
+
+
+def check_rank_timeout(seconds: float) -> None:
+    """Raises `ValueError` unless it is 0 or a time in which a process surely has several turns."""
+    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not is_number or not (seconds == 0 or 1 <= seconds < float("inf")):
+        raise ValueError(
+            f"rank_timeout={seconds!r} is no number of seconds from 1 on. Write for example rank_timeout=60, or "
+            "rank_timeout=0 to have ranks wait for ddp_timeout when another one fails."
+        )

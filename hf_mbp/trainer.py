@@ -14,6 +14,7 @@ from hf_mbp.distributed import Ranks
 from hf_mbp.feed import Feed
 from hf_mbp.report import MEASURED, StepReport
 from hf_mbp.step import MicroBatch, deal, run_micro_batches
+from hf_mbp.watch import watched_ranks
 
 if TYPE_CHECKING:
     _Base = Any
@@ -52,7 +53,8 @@ class MBPMixin(_Base):
     What it overrides, and why:
 
     * `__init__`: takes `mbp_config`; refuses what cannot be exact.
-    * `train`: adds the totals of the run to its metrics.
+    * `train`: adds the totals of the run to its metrics; has ranks train together after an evaluation, and end
+      together.
     * `_inner_training_loop`: starts afresh what is found out about model, data and memory.
     * `get_train_dataloader`, `num_examples`: have the loader hand over rows that are not padded yet.
     * `get_batch_samples`: plans and pads the rows of a whole optimizer step.
@@ -120,10 +122,12 @@ class MBPMixin(_Base):
         Raises:
             ValueError: there is nothing to train on, or nothing fits the memory limit.
         """
-        compat.require_rows(self)
-        self._batch_size_before: int | None = None
-        output = super().train(*args, **kwargs)
-        output.metrics.update(self._report.totals(self._ranks))
+        with watched_ranks(self._ranks.count, self.mbp_config.rank_timeout):
+            compat.require_rows(self)
+            compat.forget_evaluation(self)
+            self._batch_size_before: int | None = None
+            output = super().train(*args, **kwargs)
+            output.metrics.update(self._report.totals(self._ranks))
         return output
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:

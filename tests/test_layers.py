@@ -19,6 +19,7 @@ LAYERS = [
     "run_budget",
     "report",
     "call_metrics",
+    "watch",
     "step",
     "equivalence",
     "sizing",
