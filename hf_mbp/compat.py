@@ -171,8 +171,26 @@ def is_sharded(trainer: Any) -> bool:
     )
 
 
+def shards(accelerator: Any) -> bool:
+    """Whether Accelerate runs FSDP or DeepSpeed."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def refuse_float32_sums(*, is_sharded: bool) -> None:
+    """Raises `ValueError` if gradients are sharded: what a backward pass leaves in `.grad` is then not all there is."""
+    if is_sharded:
+        raise ValueError(
+            "accumulate_in_fp32=True is for weights in half precision that are whole on each rank; FSDP and DeepSpeed "
+            "keep their gradients elsewhere, and have options of their own. Leave it out. Under FSDP load the model "
+            "with dtype='float32' and give the FSDP plugin a mixed_precision_policy with reduce_dtype=torch.float32; "
+            "under DeepSpeed write 'data_types': {'grad_accum_dtype': 'fp32'} into its configuration."
+        )
+
+
 def refuse_unsupported(trainer: Any) -> None:
     """Raises `ValueError` for what is not supported, with the reason and the remedy."""
+    if trainer.mbp_config.accumulate_in_fp32:
+        refuse_float32_sums(is_sharded=is_sharded(trainer))
     args, parallelism = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
     optimizer = str(getattr(args.optim, "value", args.optim))
     refusals = {

@@ -26,6 +26,7 @@ LAYERS = [
     "compat",
     "config",
     "memory",
+    "accumulation",
     "items",
     "precollated",
     "padding",
