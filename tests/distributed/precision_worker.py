@@ -1,4 +1,4 @@
-"""Run by several processes: the gradient of a bfloat16 model, summed in bfloat16 and in float32; saves all, per rank."""
+"""Run by several processes: the gradient of a bfloat16 model, summed in bfloat16 and in float32; saves it, per rank."""
 
 import sys
 from pathlib import Path
