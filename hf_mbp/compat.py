@@ -153,11 +153,13 @@ def void_step(accelerator: Any, model: torch.nn.Module) -> None:
     """Lets the gradient scaler of fp16 skip an optimizer step that has no gradients.
 
     `GradScaler.step` insists on gradients to look at. One that is infinite it takes for an overflow: it leaves the
-    weights, and halves its scale, which grows back.
+    weights and backs off its scale. So the scale is raised by as much before, and is what it was after the step; only
+    the count of steps until it grows starts again.
     """
     scaler = accelerator.scaler
-    if scaler is not None:
+    if scaler is not None and scaler.is_enabled():
         scaler.scale(torch.zeros((), device=accelerator.device))  # its scale is made at the first call
+        scaler.update(new_scale=scaler.get_scale() / scaler.get_backoff_factor())
         parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
         parameter.grad = torch.full_like(parameter, float("inf"))
 

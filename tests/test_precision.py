@@ -1,6 +1,7 @@
 """Half precision: gradients summed in float32, autocast, and the gradient scaler of fp16."""
 
 import copy
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from transformers import BertForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import BertForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM, TrainingArguments
 
 from hf_mbp import MBPConfig, MBPTrainer, compat, run_mini_batch
 from hf_mbp.accumulation import Float32Sums, half_precision
@@ -377,3 +378,261 @@ def test_the_reader_is_told_of_trainable_weights_only(tmp_path: Path, capsys: py
     rows = with_labels(token_rows(), lambda index, _: index % 2)
     mbp_trainer(model, rows, tmp_path, check_at_start=False).train()
     assert NOTE not in capsys.readouterr().out
+
+
+# Autocast
+
+
+def autocast_gradients(model: Any, rows: Any, dtype: torch.dtype | None) -> tuple[float, Gradients]:
+    """Plain PyTorch on the whole batch."""
+
+    def loss(m: Any) -> torch.Tensor:
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            return m(**Pad()(rows)).loss
+
+    return whole_gradients(model, loss)
+
+
+def norm(gradients: Gradients) -> float:
+    return float(torch.cat([gradient.flatten() for gradient in gradients.values()]).norm())
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_autocast_is_as_exact_split_as_whole(accumulation: int, tmp_path: Path) -> None:
+    rows, model = causal_rows(), build(LlamaForCausalLM, llama_config()).float()
+    expected_loss, expected = autocast_gradients(model, rows, None)
+    whole_loss, whole = autocast_gradients(model, rows, torch.bfloat16)
+    rounding = relative_error(expected, whole)
+    assert 1e-3 < rounding < 0.02
+    trainer, recorder = trained(
+        model,
+        rows,
+        tmp_path,
+        bf16=True,
+        accumulate_in_fp32=False,
+        per_device_train_batch_size=16 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )
+    error = relative_error(expected, recorder.gradients[0])
+    assert 1e-3 < error < 1.5 * rounding
+    log = trainer.state.log_history[0]
+    assert log["mbp_micro_batches"] >= 8
+    assert log["loss"] == pytest.approx(expected_loss, rel=1e-3)
+    assert log["loss"] == pytest.approx(whole_loss, rel=1e-3)
+    assert log["grad_norm"] == pytest.approx(norm(expected), rel=1e-2)
+    assert {gradient.dtype for gradient in recorder.gradients[0].values()} == {torch.float32}
+
+
+# The gradient scaler of fp16
+
+SCALE = 2.0**10
+
+
+class CountingScaler(torch.amp.GradScaler):
+    """Counts how often gradients are unscaled."""
+
+    unscaled = 0
+
+    def unscale_(self, optimizer: Any) -> None:
+        self.unscaled += 1
+        super().unscale_(optimizer)
+
+
+class HalfOnCPU(MBPTrainer):
+    """Autocast to float16 with a gradient scaler, which Accelerate has on GPUs only; counts clips, too."""
+
+    overflow_at: int | None = None
+    step_of_overflow = 1
+    clips = 0
+    calls = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.accelerator.native_amp = True
+        self.accelerator.scaler = CountingScaler("cpu", init_scale=SCALE)
+        clip = self.accelerator.clip_grad_norm_
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.clips += 1
+            return clip(*args, **kwargs)
+
+        self.accelerator.clip_grad_norm_ = counted
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Multiplies the loss of one micro-batch of one step so that its gradient overflows."""
+        loss = super().compute_loss(*args, **kwargs)
+        if not self.model.training or self.state.global_step != self.step_of_overflow:
+            return loss
+        self.calls += 1
+        return loss * 1e38 if self.calls == self.overflow_at else loss
+
+
+class StepRecorder(Recorder):
+    """Keeps weights, optimizer states and scale before and after every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[Gradients] = []
+        self.states: list[Any] = []
+        self.scales: list[float] = []
+
+    def keep(self, model: Any) -> None:
+        self.weights.append({name: value.detach().clone() for name, value in model.named_parameters()})
+        self.states.append(copy.deepcopy(self.trainer.optimizer.state_dict()["state"]))
+        self.scales.append(self.trainer.accelerator.scaler.get_scale())
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not self.weights:
+            self.keep(model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.keep(model)
+
+
+def scaled(rows: Any, folder: Path, **changes: Any) -> tuple[HalfOnCPU, StepRecorder]:
+    recorder = StepRecorder()
+    options = {
+        "fp16": True,
+        "optim": "adamw_torch",
+        "max_steps": 3,
+        "max_tokens_per_micro_batch": 32,
+        "check_at_start": False,
+        "train_sampling_strategy": "sequential",
+    }
+    overflow_at = changes.pop("overflow_at", None)
+    model = build(LlamaForCausalLM, llama_config()).float()
+    trainer = mbp_trainer(model, rows, folder, trainer_class=HalfOnCPU, callbacks=[recorder], **{**options, **changes})
+    recorder.trainer, trainer.overflow_at = trainer, overflow_at
+    trainer.train()
+    return trainer, recorder
+
+
+def gradient_at(weights: Gradients, rows: Any) -> Gradients:
+    """Plain PyTorch in float32 on the whole batch, with these weights."""
+    model = build(LlamaForCausalLM, llama_config()).float()
+    model.load_state_dict(weights, strict=False)
+    return autocast_gradients(model, rows, None)[1]
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_gradients_are_unscaled_and_clipped_once(accumulation: int, tmp_path: Path) -> None:
+    rows = causal_rows()
+    trainer, recorder = scaled(
+        rows,
+        tmp_path,
+        per_device_train_batch_size=16 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=0.05,
+    )
+    assert trainer.state.log_history[0]["mbp_micro_batches"] >= 8
+    assert (trainer.accelerator.scaler.unscaled, trainer.clips) == (3, 3)
+    for step, gradients in enumerate(recorder.gradients):
+        expected = gradient_at(recorder.weights[step], rows)
+        clipped = {name: gradient * (0.05 / norm(expected)) for name, gradient in expected.items()}
+        assert norm(expected) > 2 * 0.05
+        assert 1e-4 < relative_error(clipped, gradients) < 3e-3
+        assert recorder.logs[step]["grad_norm"] == pytest.approx(norm(expected), rel=1e-3)
+    assert recorder.scales == [SCALE] * 4
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("overflow_at", [1, 6])
+def test_an_overflow_in_one_micro_batch_skips_the_step(overflow_at: int, accumulation: int, tmp_path: Path) -> None:
+    rows = causal_rows()
+    trainer, recorder = scaled(
+        rows,
+        tmp_path,
+        overflow_at=overflow_at,
+        per_device_train_batch_size=16 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=1.0,
+    )
+    assert trainer.calls >= 8
+    first, skipped, third = recorder.weights[1:]
+    torch.testing.assert_close(skipped, first, rtol=0, atol=0)
+    torch.testing.assert_close(recorder.states[2], recorder.states[1], rtol=0, atol=0)
+    assert any(bool((third[name] != skipped[name]).any()) for name in third)
+    assert recorder.scales == [SCALE, SCALE, SCALE / 2, SCALE / 2]
+    assert relative_error(gradient_at(skipped, rows), recorder.gradients[2]) < 3e-3
+
+
+def test_a_step_without_items_keeps_the_scale(tmp_path: Path) -> None:
+    rows = causal_rows()
+    nothing = [{**row, "labels": [-100] * len(row["labels"])} for row in rows]
+    with pytest.warns(UserWarning, match="nothing to learn from"):
+        _, recorder = scaled(rows + nothing + rows, tmp_path, max_grad_norm=1.0)
+    first, skipped, third = recorder.weights[1:]
+    torch.testing.assert_close(skipped, first, rtol=0, atol=0)
+    torch.testing.assert_close(recorder.states[2], recorder.states[1], rtol=0, atol=0)
+    assert recorder.scales == [SCALE] * 4
+    assert relative_error(gradient_at(skipped, rows), recorder.gradients[2]) < 3e-3
+    assert any(bool((third[name] != skipped[name]).any()) for name in third)
+
+
+def test_a_scaler_that_is_switched_off_gets_no_infinite_gradient() -> None:
+    model = torch.nn.Linear(2, 2)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    compat.void_step(SimpleNamespace(scaler=scaler, device=torch.device("cpu")), model)
+    assert model.weight.grad is None
+
+
+# Activation checkpointing
+
+CHECKPOINTING = [
+    field.name
+    for field in fields(TrainingArguments)
+    if field.name in ("gradient_checkpointing", "activation_checkpointing")
+]
+"""Its names in the installed version: one before transformers 5.24, then both."""
+
+
+class Forwards(Recorder):
+    """Counts forward passes of the first layer in each step."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.count = 0
+        layer.register_forward_hook(self.add)
+
+    def add(self, *_: Any) -> None:
+        self.count += 1
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.count = 0
+
+
+@pytest.mark.filterwarnings("ignore:.*checkpointing.*deprecated:FutureWarning")  # the name, which is what is tried
+@pytest.mark.parametrize("name", CHECKPOINTING)
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_checkpointing_gives_the_gradient_of_the_whole_batch(accumulation: int, name: str, tmp_path: Path) -> None:
+    rows, model = causal_rows(), build(LlamaForCausalLM, llama_config())
+    expected_loss, expected = whole_gradients(model, lambda m: m(**Pad()(rows)).loss)
+    forwards = Forwards(model.model.layers[0].self_attn)
+    trainer = mbp_trainer(
+        model,
+        rows,
+        tmp_path,
+        callbacks=[forwards],
+        on_inexact="error",
+        per_device_train_batch_size=16 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        **{name: True},
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["mbp_micro_batches"] >= 4
+    assert forwards.count == 2 * log["mbp_micro_batches"]
+    assert relative_error(expected, forwards.gradients[0]) < 3e-6
+    assert log["loss"] == pytest.approx(expected_loss, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*checkpointing.*deprecated:FutureWarning")
+def test_the_budget_is_measured_with_checkpointing(tmp_path: Path) -> None:
+    per_cell = {}
+    for is_on in (False, True):
+        model = build(LlamaForCausalLM, llama_config(num_hidden_layers=6)).float()
+        changes = {"max_tokens_per_micro_batch": None, "check_at_start": False, CHECKPOINTING[0]: is_on}
+        trainer = mbp_trainer(model, causal_rows(), tmp_path, **changes)
+        trainer.train()
+        per_cell[is_on] = trainer.state.stateful_callbacks["hf_mbp"]["budget"]["bytes_per_cell"]
+    assert per_cell[True] < 0.7 * per_cell[False]
