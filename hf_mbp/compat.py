@@ -138,11 +138,13 @@ def void_step(accelerator: Any, model: torch.nn.Module) -> None:
     """Lets the gradient scaler of fp16 skip an optimizer step that has no gradients.
 
     `GradScaler.step` insists on gradients to look at. One that is infinite it takes for an overflow: it leaves the
-    weights, and halves its scale, which grows back.
+    weights and backs off its scale. So the scale is raised by as much before, and is what it was after the step; only
+    the count of steps until it grows starts again.
     """
     scaler = accelerator.scaler
-    if scaler is not None:
+    if scaler is not None and scaler.is_enabled():
         scaler.scale(torch.zeros((), device=accelerator.device))  # its scale is made at the first call
+        scaler.update(new_scale=scaler.get_scale() / scaler.get_backoff_factor())
         parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
         parameter.grad = torch.full_like(parameter, float("inf"))
 
@@ -166,8 +168,26 @@ def is_sharded(trainer: Any) -> bool:
     )
 
 
+def shards(accelerator: Any) -> bool:
+    """Whether Accelerate runs FSDP or DeepSpeed."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def refuse_float32_sums(*, is_sharded: bool) -> None:
+    """Raises `ValueError` if gradients are sharded: what a backward pass leaves in `.grad` is then not all there is."""
+    if is_sharded:
+        raise ValueError(
+            "accumulate_in_fp32=True is for weights in half precision that are whole on each rank; FSDP and DeepSpeed "
+            "keep their gradients elsewhere, and have options of their own. Leave it out. Under FSDP load the model "
+            "with dtype='float32' and give the FSDP plugin a mixed_precision_policy with reduce_dtype=torch.float32; "
+            "under DeepSpeed write 'data_types': {'grad_accum_dtype': 'fp32'} into its configuration."
+        )
+
+
 def refuse_unsupported(trainer: Any) -> None:
     """Raises `ValueError` for what is not supported, with the reason and the remedy."""
+    if trainer.mbp_config.accumulate_in_fp32:
+        refuse_float32_sums(is_sharded=is_sharded(trainer))
     args, parallelism = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
     optimizer = str(getattr(args.optim, "value", args.optim))
     refusals = {

@@ -55,6 +55,13 @@ memory_limit="20GiB", or memory_limit=0.8 for 80 % of the memory.
             "choices": list(COLLATE_IN),
         },
     )
+    accumulate_in_fp32: bool = field(
+        default=False,
+        metadata={
+            "help": "Sum the gradients of bfloat16 and float16 weights in float32, and round once a step. Takes 4 "
+            "bytes for each such weight. Changes nothing for float32 weights."
+        },
+    )
 
     rank_timeout: float = field(
         default=60.0,
@@ -70,6 +77,8 @@ memory_limit="20GiB", or memory_limit=0.8 for 80 % of the memory.
             # A NumPy integer would not go into the JSON of a checkpoint.
             object.__setattr__(self, "max_tokens_per_micro_batch", int(self.max_tokens_per_micro_batch))
         parse_memory_limit(self.memory_limit)
+        if not isinstance(self.accumulate_in_fp32, bool):
+            raise ValueError(f"accumulate_in_fp32={self.accumulate_in_fp32!r} is neither True nor False. Write one.")
         if self.on_inexact not in ON_INEXACT:
             raise ValueError(f"on_inexact={self.on_inexact!r} is unknown. Write one of {', '.join(ON_INEXACT)}.")
         if self.collate_in not in COLLATE_IN:

@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_mbp import collate, compat, equivalence, loaders, memory, other_trainers, probe
+from hf_mbp.accumulation import half_precision
 from hf_mbp.collate import Batch, Inputs, KeepRows, Rows
 from hf_mbp.distributed import Ranks
 from hf_mbp.equivalence import NothingToCompareError
@@ -19,7 +20,7 @@ from hf_mbp.items import checked_count
 from hf_mbp.plan import Budget, Cost, Ints, as_sizes, round_up, too_long_message
 from hf_mbp.precollated import CollatedRow, CollateInWorkers, cut_out
 from hf_mbp.probe import LossFunction, LossTraits
-from hf_mbp.report import StepReport, padded_rows_note, start_line
+from hf_mbp.report import StepReport, half_precision_note, padded_rows_note, start_line
 from hf_mbp.run_budget import RunBudget
 from hf_mbp.sizing import cost_of
 from hf_mbp.step import MicroBatch, RowFunctions, as_filler, split_mini_batch, weigh
@@ -207,6 +208,7 @@ class Feed:
             num_rows = sum(map(len, batches))
             self._tell(start_line(num_rows, micro_batches, batch_sizes, _describe(budget, max_tokens), checks[0]))
             self._tell(None if self._multiple_of() else padded_rows_note(micro_batches, batch_sizes))
+            self._tell(half_precision_note(self._dtypes_summed_in_half(), len(micro_batches)))
         if (note := self.report.slow_collation_note()) and self._is_first("slow collation"):
             self._tell(note)
         return micro_batches
@@ -248,6 +250,13 @@ class Feed:
         group = sorted(rows, key=lambda row: int(self.sizes([row]).sum()))[:2]
         (inputs,) = self._padded([group], keep_width=False)
         self._traits.find_out(*self._loss_and_modules(), inputs)
+
+    def _dtypes_summed_in_half(self) -> list[str]:
+        """Names of the half-precision dtypes in which gradients are summed; sharded models have rules of their own."""
+        if self.trainer.mbp_config.accumulate_in_fp32 or compat.is_sharded(self.trainer):
+            return []
+        half = half_precision(p for p in self.trainer.model.parameters() if p.requires_grad)
+        return sorted({str(parameter.dtype).removeprefix("torch.") for parameter in half})
 
     def _tell(self, note: str | None) -> None:
         """Prints a note, above the progress bar, on the first process."""

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,13 +11,14 @@ from weakref import WeakKeyDictionary
 import torch
 
 from hf_mbp import collate, compat
+from hf_mbp.accumulation import Float32Sums, half_precision
 from hf_mbp.collate import Collator, Inputs
 from hf_mbp.distributed import Ranks
 from hf_mbp.items import checked_count, items_of
 from hf_mbp.plan import Budget, Ints, as_sizes, check_max_tokens, too_long_message
 from hf_mbp.probe import LossTraits
 from hf_mbp.sizing import cost_of
-from hf_mbp.step import MicroBatch, RowFunctions, run_micro_batches, split_mini_batch, weigh
+from hf_mbp.step import MicroBatch, RowFunctions, in_place, run_micro_batches, split_mini_batch, weigh
 
 _TRAITS: "WeakKeyDictionary[torch.nn.Module, LossTraits]" = WeakKeyDictionary()
 """What was found out about the losses of models, for as long as they live."""
@@ -57,6 +59,7 @@ def run_mini_batch(
     num_items: Callable[[Mapping[str, Any]], float] | None = None,
     row_length: Callable[[Any], int] = collate.row_length,
     shifts_labels: bool | None = None,
+    accumulate_in_fp32: bool = False,
 ) -> MiniBatchReport:
     """Forward and backward of a mini-batch in micro-batches; adds the gradient of its mean loss to the parameters.
 
@@ -76,19 +79,31 @@ def run_mini_batch(
         row_length: tokens of a row. Default: of its `input_ids`.
         shifts_labels: whether the loss predicts the next token, so that the first label of a row is no item. Default:
             found out by trying, once for each model; say it if a model has several losses.
+        accumulate_in_fp32: sum the gradients of bfloat16 and float16 parameters in float32, and round once at the end.
 
     A mini-batch without any items leaves no gradient, and under fp16 one that makes the scaler skip the step.
 
     Raises:
-        ValueError: there are no rows, `max_tokens` is not positive, or the accelerator accumulates gradients itself.
+        ValueError: there are no rows, `max_tokens` is not positive, the accelerator accumulates gradients itself,
+            or `accumulate_in_fp32` is asked for under FSDP or DeepSpeed.
         TypeError: `rows` is no list of rows, or `loss` returns something else than a number with a gradient.
 
     Example: `scripts/accelerate_loop.py`.
     """
     _refuse(rows, accelerator, max_tokens)
+    if accumulate_in_fp32:
+        compat.refuse_float32_sums(is_sharded=compat.shards(accelerator))
     base = accelerator.unwrap_model(model)
     traits = _TRAITS.setdefault(base, LossTraits()) if shifts_labels is None else LossTraits(shifts_labels)
-    loop = _Loop(model=model, base=base, loss=loss, collate_fn=collate_fn, accelerator=accelerator, traits=traits)
+    loop = _Loop(
+        model=model,
+        base=base,
+        loss=loss,
+        collate_fn=collate_fn,
+        accelerator=accelerator,
+        traits=traits,
+        accumulates_in_fp32=accumulate_in_fp32,
+    )
     sizes = loop.sizes(rows, row_length)
     budget, longest = Budget(max_tokens=max_tokens), int(sizes.sum(axis=1).max())
     if not budget.fits(1, longest):
@@ -112,6 +127,7 @@ class _Loop:
     collate_fn: Collator
     accelerator: Any
     traits: LossTraits
+    accumulates_in_fp32: bool
 
     @property
     def has_targets(self) -> bool:
@@ -154,7 +170,14 @@ class _Loop:
             compat.void_step(self.accelerator, self.base)
             return 0.0
         locally = partial(compat.local_gradients, self.accelerator, self.model)
-        return float(run_micro_batches(micro_batches, self.backward, defer_sync=locally))
+        return float(run_micro_batches(micro_batches, self.backward, defer_sync=locally, summing=self.summing()))
+
+    def summing(self) -> Callable[[bool], AbstractContextManager[Any]]:
+        half = half_precision(self.base.parameters()) if self.accumulates_in_fp32 else []
+        if not half:
+            return in_place
+        sums, is_reduced = Float32Sums(), self.accelerator.num_processes > 1
+        return lambda is_last: sums.around(half, is_complete=is_last, is_reduced=is_reduced)
 
 
 def _refuse(rows: Sequence[Any], accelerator: Any, max_tokens: int) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from hf_mbp.accumulation import half_precision
 from hf_mbp.plan import Budget
 
 if sys.platform != "win32":
@@ -141,17 +142,23 @@ def room_for_activations(device: torch.device, limit: float | int | None, pendin
     return int(room)
 
 
-def pending_training_bytes(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer | None) -> int:
+def pending_training_bytes(
+    parameters: list[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    accumulates_in_fp32: bool = False,
+) -> int:
     """Bytes of gradients and optimizer states that do not exist yet.
 
     States are counted as two values a parameter, the most that common optimizers (AdamW) keep, unless there are some
-    already.
+    already. Gradients that are summed in float32 take four bytes more where weights are half precision.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     size = sum(parameter.numel() * parameter.element_size() for parameter in trainable)
     gradients = sum(p.numel() * p.element_size() for p in trainable if p.grad is None)
     has_states = optimizer is not None and len(optimizer.state) > 0
-    return gradients + (0 if has_states else 2 * size)
+    sums = 4 * sum(p.numel() for p in half_precision(trainable)) if accumulates_in_fp32 else 0
+    return gradients + sums + (0 if has_states else 2 * size)
 
 
 class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -161,6 +161,17 @@ def start_line(num_rows: int, micro_batches: list[MicroBatch], sizes: list[Ints]
     )
 
 
+def half_precision_note(dtypes: list[str], num_micro_batches: int) -> str | None:
+    """What to do about gradients that are summed in half precision, as the weights are; `dtypes` names which."""
+    if not dtypes or num_micro_batches < 2:
+        return None
+    return (
+        f"hf_mbp: the weights are {' and '.join(dtypes)}, and so is the sum of the gradients of the micro-batches, "
+        "which loses digits with every one. MBPConfig(accumulate_in_fp32=True) sums them in float32; loading the model "
+        "with dtype='float32' and training with bf16=True keeps the weights in float32, too. See docs/precision.md."
+    )
+
+
 def padded_rows_note(micro_batches: list[MicroBatch], sizes: list[Ints]) -> str | None:
     """What to do about rows that are padded when they come from the data set; `sizes` are theirs."""
     tokens = sum(micro_batch.tokens for micro_batch in micro_batches)

@@ -32,6 +32,8 @@ class RunBudget:
         if self._budget is None:
             config = self._trainer.mbp_config
             options = {"max_tokens": config.max_tokens_per_micro_batch, "memory_limit": config.memory_limit}
+            if config.accumulate_in_fp32:  # it takes memory; without it checkpoints of earlier versions still count
+                options["accumulate_in_fp32"] = True
             states = self._trainer.state.stateful_callbacks
             kept = states.get(STATE_KEY)
             self._budget = self._kept(kept["budget"]) if kept and kept["options"] == options else None

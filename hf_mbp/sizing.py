@@ -94,7 +94,11 @@ def measure_budget(trainer: Any, rows: list[Any], sizes: Ints) -> Budget:
         is_cut = _can_be_cut(trainer, row)
         widths = {min(longest, NARROW), min(longest, WIDE)} if is_cut else {longest}
         measured = [_measure(trainer, row, width, is_cut=is_cut) for width in sorted(widths)]
-    pending = memory.pending_training_bytes(list(trainer.model.parameters()), trainer.optimizer)
+    pending = memory.pending_training_bytes(
+        list(trainer.model.parameters()),
+        trainer.optimizer,
+        accumulates_in_fp32=trainer.mbp_config.accumulate_in_fp32,
+    )
     limit = memory.parse_memory_limit(trainer.mbp_config.memory_limit)
     return memory.fit_budget(measured, memory.room_for_activations(trainer.args.device, limit, pending))
 

@@ -140,11 +140,17 @@ def deal(micro_batches: list[MicroBatch], num_piles: int) -> list[list[MicroBatc
     return [micro_batches[start:end] for start, end in pairwise(cuts)]
 
 
+def in_place(is_last: bool) -> AbstractContextManager[Any]:  # noqa: ARG001
+    """Leaves it to the backward passes to add up gradients, in `.grad`."""
+    return nullcontext()
+
+
 def run_micro_batches(
     micro_batches: Sequence[MicroBatch],
     backward: Callable[[MicroBatch], torch.Tensor],
     *,
     defer_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    summing: Callable[[bool], AbstractContextManager[Any]] = in_place,
 ) -> torch.Tensor:
     """Runs the micro-batches one after the other and leaves the sum of their weighted gradients.
 
@@ -152,6 +158,7 @@ def run_micro_batches(
         micro_batches: at least one that is not idle.
         backward: forward and backward of one micro-batch; returns its weighted loss, detached.
         defer_sync: a context in which gradients are added up locally; entered for all but the last.
+        summing: a context that adds up what one backward pass leaves; asked for each, with whether it is the last.
 
     Returns:
         The sum of the weighted losses: the loss of the mini-batch, on one process.
@@ -159,8 +166,9 @@ def run_micro_batches(
     *before, last = [micro_batch for micro_batch in micro_batches if not micro_batch.is_idle]
     loss = None
     for micro_batch in before:
-        with defer_sync():
+        with defer_sync(), summing(False):
             part = backward(micro_batch)
         loss = part if loss is None else loss + part
-    part = backward(last)
+    with summing(True):
+        part = backward(last)
     return part if loss is None else loss + part

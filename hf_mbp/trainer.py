@@ -1,19 +1,22 @@
 """`MBPTrainer`: the Trainer of transformers, with each mini-batch run in exact micro-batches."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Seq2SeqTrainer, Trainer
 
-from hf_mbp import collate, compat, items, loaders, memory, other_trainers
+from hf_mbp import collate, compat, items, loaders, memory, other_trainers, probe
+from hf_mbp.accumulation import Float32Sums, half_precision
 from hf_mbp.call_metrics import CallMetrics
 from hf_mbp.collate import Inputs
 from hf_mbp.config import MBPConfig
 from hf_mbp.distributed import Ranks
 from hf_mbp.feed import Feed
 from hf_mbp.report import MEASURED, StepReport
-from hf_mbp.step import MicroBatch, deal, run_micro_batches
+from hf_mbp.step import MicroBatch, deal, in_place, run_micro_batches
 from hf_mbp.watch import watched_ranks
 
 if TYPE_CHECKING:
@@ -88,6 +91,7 @@ class MBPMixin(_Base):
         compat.refuse_unsupported(self)
         self._ranks = Ranks(self.accelerator)
         self._report = StepReport()
+        self._sums = Float32Sums()
         self._call_metrics = CallMetrics(self, self._ranks)
         self.mbp_feed = Feed(self, self._ranks, self._report)
 
@@ -135,6 +139,7 @@ class MBPMixin(_Base):
         compat.warn_of_smaller_batch(self._batch_size_before, batch_size)
         self._batch_size_before = batch_size
         self.mbp_feed.restart()
+        self._sums.restart()
         return super()._inner_training_loop(batch_size, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -179,10 +184,22 @@ class MBPMixin(_Base):
                 weighted: torch.Tensor = step(model, dict(micro_batch.inputs), None)
             return weighted
 
-        loss = run_micro_batches(inputs.micro_batches, backward, defer_sync=compat.sync_deferral(self, model))
+        loss = run_micro_batches(
+            inputs.micro_batches, backward, defer_sync=compat.sync_deferral(self, model), summing=self._summing()
+        )
         if self.accelerator.sync_gradients:
             self._call_metrics.merge()
         return loss
+
+    def _summing(self) -> Callable[[bool], AbstractContextManager[Any]]:
+        """How the gradients of the micro-batches of one batch are added up; the sums last for the optimizer step."""
+        if not self.mbp_config.accumulate_in_fp32:
+            return in_place
+        half = half_precision(chain.from_iterable(module.parameters() for module in probe.modules_of(self)))
+        if not half:
+            return in_place
+        ends_step, is_reduced = self.accelerator.sync_gradients, self._ranks.count > 1
+        return lambda is_last: self._sums.around(half, is_complete=is_last and ends_step, is_reduced=is_reduced)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The stock logs, with the entries of micro-batch processing beside the training loss.

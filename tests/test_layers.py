@@ -28,6 +28,7 @@ LAYERS = [
     "compat",
     "config",
     "memory",
+    "accumulation",
     "items",
     "precollated",
     "padding",

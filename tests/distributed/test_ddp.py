@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM
 
+from tests.distributed import precision_worker
 from tests.distributed.launching import launch
 from tests.distributed.worker import rows_of
 from tests.helpers import (
@@ -51,3 +52,17 @@ def test_a_loop_without_a_trainer(tmp_path: Path) -> None:
         assert rank["report"]["loss"] == pytest.approx(whole_loss, rel=1e-6)
         assert rank["report"]["num_items"] == sum(label != -100 for row in rows for label in row["labels"][1:])
     assert ranks[0]["report"]["num_micro_batches"] > 3
+
+
+def test_sums_in_float32_are_closer_to_the_gradient_in_float32(tmp_path: Path) -> None:
+    """Each rank runs 32 micro-batches of one row; the last one reduces what all have added up to."""
+    ranks = launch("precision_worker", tmp_path)
+    model, rows = build(LlamaForCausalLM, llama_config()).bfloat16().float(), precision_worker.rows_of()
+    expected = whole_gradients(model, lambda m: m(**Pad()(rows)).loss)[1]
+    for name in ("loop", "trainer 1", "trainer 4"):
+        plain, summed = (
+            [{key: value.float() for key, value in rank[f"{name} {in_fp32}"].items()} for rank in ranks]
+            for in_fp32 in (False, True)
+        )
+        assert relative_error(summed[0], summed[1]) == 0
+        assert relative_error(expected, summed[0]) < 0.8 * relative_error(expected, plain[0])
