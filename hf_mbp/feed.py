@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from hf_mbp import collate, compat, equivalence, memory, other_trainers, probe
 from hf_mbp.collate import Batch, Inputs, KeepRows
+from hf_mbp.comparison import NothingToCompareError
 from hf_mbp.distributed import Ranks
-from hf_mbp.equivalence import NothingToCompareError
 from hf_mbp.items import checked_count
 from hf_mbp.plan import Budget, Cost, Ints, as_sizes, round_up, too_long_message
 from hf_mbp.precollated import CollatedRow, CollateInWorkers, cut_out
@@ -36,7 +36,7 @@ class Feed:
         self.report = report
         self.budget = RunBudget(trainer, ranks)
         self._cost: Cost | None = None
-        self._traits = LossTraits()
+        self._traits = LossTraits(self.trainer.accelerator)
         self._filler: MicroBatch | None = None
         self._left_over: list[Any] = []
         self._checked: set[Any] = set()
@@ -48,7 +48,7 @@ class Feed:
         self._cost, self._filler = None, None
         self._left_over = []
         self._checked = set()
-        self._traits = LossTraits()
+        self._traits = LossTraits(self.trainer.accelerator)
         self.report.restart()
 
     def whole_step(self, batches: list[Any], num_batches: int) -> list[Any]:
@@ -259,8 +259,7 @@ class Feed:
         if report is None:
             return outcome
         verdict = "Checked to be exact" if is_exact else "NOT exact"
-        if is_exact and report.tolerance == equivalence.HALF_PRECISION_TOLERANCE:
-            verdict = "Checked as far as half precision can tell"
+        verdict += "".join(f", {reservation}" for reservation in report.reservations)
         return f"{verdict}: split and whole gradient differ by {report.max_relative_error:.1g}."
 
 

@@ -87,7 +87,9 @@ def run_mini_batch(
     """
     _refuse(rows, accelerator, max_tokens)
     base = accelerator.unwrap_model(model)
-    traits = _TRAITS.setdefault(base, LossTraits()) if shifts_labels is None else LossTraits(shifts_labels)
+    traits = LossTraits(accelerator, shifts_labels)
+    if shifts_labels is None:
+        traits = _TRAITS.setdefault(base, traits)
     loop = _Loop(model=model, base=base, loss=loss, collate_fn=collate_fn, accelerator=accelerator, traits=traits)
     sizes = loop.sizes(rows, row_length)
     budget, longest = Budget(max_tokens=max_tokens), int(sizes.sum(axis=1).max())
