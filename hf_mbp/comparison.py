@@ -132,6 +132,18 @@ class Comparison:
         with torch.no_grad():
             return float(loss_of(self.trainer, inputs, self.items(inputs)))
 
+    def gradients(self, inputs: Inputs) -> Gradients:
+        """The gradient of the loss of inputs."""
+        return self.backward([inputs])[1]
+
+    def pull(self, inputs: Inputs) -> float:
+        """How far the gradient of inputs goes the way of that of the whole, which goes 1.
+
+        Put together from rows as their losses are, and more telling: at the start of training losses are all alike.
+        """
+        length = sum(_dot(gradient, gradient) for gradient in self.whole_gradients)
+        return sum(map(_dot, self.gradients(inputs), self.whole_gradients)) / length
+
     def backward(self, parts: list[Inputs], *, seed: int = 0, after: int = 0) -> tuple[float, Gradients]:
         """Loss and gradients of the parts, put together by their shares; `after` so many runs of the whole."""
         self.start_again(seed)
@@ -159,7 +171,7 @@ class Comparison:
         if max(map(_norm, self.whole_gradients), default=0.0) < NO_GRADIENT:
             raise NothingToCompareError("the rows that would be compared have no gradient.")
         self.split_loss, split = self.backward(self.parts)
-        return self.difference(split)
+        return self.difference(self.whole_gradients, split)
 
     def passes(self, difference: Difference) -> bool:
         """Whether a difference is rounding."""
@@ -167,20 +179,21 @@ class Comparison:
 
     def varies_at_random(self) -> bool:
         """Whether other random numbers give the whole another gradient."""
-        return not self.passes(self.difference(self.backward([self.whole], seed=1)[1]))
+        other = self.backward([self.whole], seed=1)[1]
+        return not self.passes(self.difference(self.whole_gradients, other))
 
     def drift(self) -> list[str] | None:
         """What runs of the whole change, if a later one gives another gradient; `None` if that is the same."""
-        later = self.difference(self.backward([self.whole], after=len(self.parts))[1])
-        return None if self.passes(later) else self.stand_ins.changed()
+        later = self.backward([self.whole], after=len(self.parts))[1]
+        changed = self.stand_ins.changed()
+        return None if self.passes(self.difference(self.whole_gradients, later)) else changed
 
-    def difference(self, gradients: Gradients) -> Difference:
-        """The largest relative error of gradients over the parameters, against those of the whole."""
-        norms = [_norm(gradient) for gradient in self.whole_gradients]
+    def difference(self, expected: Gradients, gradients: Gradients) -> Difference:
+        """The largest relative error of gradients over the parameters."""
+        norms = [_norm(gradient) for gradient in expected]
         floor = max(max(norms, default=0.0) * SMALL_GRADIENT, torch.finfo(torch.float64).tiny)
         errors = [
-            _number(_norm(a - b) / max(norm, floor))
-            for a, b, norm in zip(self.whole_gradients, gradients, norms, strict=True)
+            _number(_norm(a - b) / max(norm, floor)) for a, b, norm in zip(expected, gradients, norms, strict=True)
         ]
         worst = max(range(len(errors)), key=lambda index: errors[index])
         return Difference(error=errors[worst], parameter=self.parameters[worst][0])
@@ -234,6 +247,10 @@ def _same(one: Inputs, other: Inputs) -> bool:
 
 def _number(error: float) -> float:
     return error if error == error else float("inf")  # not a number is no agreement
+
+
+def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(torch.dot(one.flatten(), other.flatten()))
 
 
 def _norm(gradient: torch.Tensor) -> float:

@@ -84,17 +84,18 @@ def _padding_width(comparison: Comparison) -> str | None:
     (alone,) = comparison.collate([[shortest]])
     if comparison.items(padded) == 0:
         return None
-    at_whole_width, at_its_own = comparison.value(padded), comparison.value(alone)
-    if isclose(at_whole_width, at_its_own, rel_tol=comparison.tolerance):
+    at_whole_width = comparison.gradients(padded)
+    difference = comparison.difference(at_whole_width, comparison.gradients(alone))
+    if comparison.passes(difference):
         return None
     finding = (
-        f"The loss of a row depends on how wide it is padded ({at_its_own:.6g} alone, {at_whole_width:.6g} beside "
-        "longer rows): padding is not left out. "
+        f"The loss of a row depends on how wide it is padded (by {difference.error:.0%} of its gradient, alone and "
+        "beside longer rows): padding is not left out. "
     )
     if "attention_mask" not in padded:
         return finding + "The collator returns no attention_mask: return one, or pad all rows to one length."
-    unmasked = comparison.value({**padded, "attention_mask": torch.ones_like(padded["attention_mask"])})
-    if isclose(unmasked, at_whole_width, rel_tol=comparison.tolerance):
+    unmasked = comparison.gradients({**padded, "attention_mask": torch.ones_like(padded["attention_mask"])})
+    if comparison.passes(comparison.difference(at_whole_width, unmasked)):
         return finding + (
             "The model ignores attention_mask: its loss is the same without. Make it use the mask, or pad all rows to "
             "one length (padding='max_length')."
@@ -108,17 +109,17 @@ def _padding_width(comparison: Comparison) -> str | None:
 
 
 def _reduction(comparison: Comparison) -> str | None:
-    """Finds how the loss puts rows together, from the losses of single rows and of pairs, all at one width."""
+    """Finds how the loss puts rows together, from the gradients of single rows and of pairs, all at one width."""
     if not comparison.is_dense:
         return "The loss is not a mean over what num_items(micro_batch) counts: override it to count its items."
     indices = [i for i in range(len(comparison.rows)) if comparison.items(select_rows(comparison.whole, [i])) > 0]
     rows = [select_rows(comparison.whole, [index]) for index in indices]
-    single = [comparison.value(row) for row in rows]
-    whole = comparison.value(comparison.whole)
+    single = [comparison.pull(row) for row in rows]
     counts = [comparison.items(row) for row in rows]
+    scale = max(1.0, *map(abs, single))
 
     def explains(value: float) -> bool:
-        return isclose(value, whole, rel_tol=comparison.tolerance)
+        return abs(value - 1) <= comparison.tolerance * scale
 
     if explains(sum(value * count for value, count in zip(single, counts, strict=True)) / sum(counts)):
         return None
@@ -127,9 +128,9 @@ def _reduction(comparison: Comparison) -> str | None:
             "The loss is a sum over the rows, not a mean. Ask for a mean (for CTC, config.ctc_loss_reduction='mean', "
             "and num_items to return the rows), or divide by num_items_in_batch in your compute_loss."
         )
-    if max(map(abs, single)) <= NOTHING_ALONE * abs(whole):
+    if max(abs(comparison.value(row)) for row in rows) <= NOTHING_ALONE * abs(comparison.whole_loss):
         return _COMPARES_ROWS.format(sign="a row alone has none")
-    weights = _item_weights(comparison, indices, single)
+    weights = _item_weights(comparison, indices, single, counts)
     if weights and explains(sum(w * value for w, value in zip(weights, single, strict=True)) / sum(weights)):
         found = ", ".join(f"{weight * counts[0]:.4g}" for weight in weights[:SHOWN])
         expected = ", ".join(f"{count:.4g}" for count in counts[:SHOWN])
@@ -150,31 +151,39 @@ _COMPARES_ROWS = (
 )
 
 
-def _item_weights(comparison: Comparison, indices: list[int], single: list[float]) -> list[float] | None:
-    """Items of each row relative to the first, from loss(pair) = (w1 l1 + w2 l2) / (w1 + w2)."""
+def _item_weights(
+    comparison: Comparison, indices: list[int], single: list[float], counts: list[float]
+) -> list[float] | None:
+    """Items of each row relative to the first, from pull(pair) = (w1 p1 + w2 p2) / (w1 + w2)."""
     weights = [1.0]
-    for index, value in zip(indices[1:], single[1:], strict=True):
-        pair = comparison.value(select_rows(comparison.whole, [indices[0], index]))
-        difference = pair - value
-        if difference == 0 or (single[0] - pair) / difference <= 0:
+    for index, value, count in zip(indices[1:], single[1:], counts[1:], strict=True):
+        pair = comparison.pull(select_rows(comparison.whole, [indices[0], index]))
+        if isclose(single[0], value, rel_tol=comparison.tolerance):  # any weights would do
+            weights.append(count / counts[0])
+        elif pair == value or (single[0] - pair) / (pair - value) <= 0:
             return None
-        weights.append((single[0] - pair) / difference)
+        else:
+            weights.append((single[0] - pair) / (pair - value))
     return weights
 
 
 def _is_mean_of_twins(comparison: Comparison, indices: list[int], single: list[float]) -> bool:
-    """Whether a row beside itself has the loss it has alone, as it has by any mean, or sum of means, over rows."""
-    twins = (comparison.value(select_rows(comparison.whole, [index, index])) for index in indices)
-    return all(isclose(twin, value, rel_tol=comparison.tolerance) for twin, value in zip(twins, single, strict=True))
+    """Whether a row beside itself goes as far as alone, as by any mean, or sum of means, over rows."""
+    twins = (comparison.pull(select_rows(comparison.whole, [index, index])) for index in indices)
+    return all(
+        isclose(twin, value, rel_tol=comparison.tolerance, abs_tol=comparison.tolerance)
+        for twin, value in zip(twins, single, strict=True)
+    )
 
 
 def _several_means(comparison: Comparison) -> str:
     labels = [key for key in comparison.whole if "label" in key or key.endswith("_positions")]
     example = f"here there are {_listed(labels)}" if len(labels) > 1 else "a token loss and a sentence loss, say"
     return (
-        f"No count of items explains the loss: it may add up means over different things ({example}), each with a "
-        "denominator of its own. Compute its parts as one mean in compute_loss, each divided by a count that "
-        "num_items(micro_batch) returns; or train it unsplit."
+        f"No count of items explains the loss. It may add up means over different things ({example}), each with a "
+        "denominator of its own: compute its parts as one mean in compute_loss, each divided by a count that "
+        "num_items(micro_batch) returns. Or it may use a statistic of the rows that run together (a variance, the "
+        "load of experts): then train it unsplit."
     )
 
 
