@@ -6,7 +6,7 @@ Checked against transformers 5.17 and 5.23, accelerate 1.15. Each function says 
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -69,6 +69,83 @@ def local_gathers(trainer: Any) -> Iterator[None]:
 
     with replaced(trainer.accelerator, gather=local, gather_for_metrics=local):
         yield
+
+
+@contextmanager
+def without_autocast(accelerator: Any, modules: list[torch.nn.Module]) -> Iterator[None]:
+    """Takes mixed precision off models and off `accelerator.autocast()`.
+
+    `Accelerator.prepare_model` puts another `forward` on the model, and keeps the one before as `_original_forward`
+    (1.15); `Accelerator.autocast` asks `native_amp`.
+    """
+    wrapped = [module for module in modules if "_original_forward" in vars(module)]
+    with ExitStack() as stack:
+        for module in dict.fromkeys(wrapped):
+            stack.enter_context(replaced(module, forward=vars(module)["_original_forward"]))
+        stack.enter_context(replaced(accelerator, native_amp=False))
+        yield
+
+
+@contextmanager
+def unrounded_float32() -> Iterator[None]:
+    """Has float32 products computed in float32, and not in the shorter TF32 or bfloat16.
+
+    By the names of torch 2.9, which the older ones may contradict: `torch.backends.cudnn.flags` reads its own older
+    flag, and refuses a mixture. So that one is set, too, and again before the new ones are put back.
+    """
+    backends: Any = torch.backends
+    owners = [
+        *(backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
+        *(backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn),
+    ]
+    before = [(owner, owner.fp32_precision) for owner in owners if hasattr(owner, "fp32_precision")]
+    allowed_tf32 = "tf32" in (backends.cudnn.conv.fp32_precision, backends.cudnn.rnn.fp32_precision)
+    backends.cudnn.allow_tf32 = False
+    for owner, _ in before:
+        owner.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        backends.cudnn.allow_tf32 = allowed_tf32
+        for owner, precision in before:
+            owner.fp32_precision = precision
+
+
+def needs_half_precision(modules: list[torch.nn.Module]) -> str | None:
+    """What in the models runs in half precision only, or has no weights that could be copied; `None` if nothing.
+
+    Flash attention is known by `config._attn_implementation`, quantized weights by their integers or 8-bit floats.
+    """
+    every = [module for held in modules for module in held.modules()]
+    names = {str(getattr(getattr(module, "config", None), "_attn_implementation", None)) for module in every}
+    if any("flash" in name for name in names):
+        return "flash attention takes nothing else"
+    weights = [weight for module in every for weight in module.parameters(recurse=False)]
+    if any(weight.is_quantized or weight.element_size() == 1 for weight in weights):
+        return "the weights are quantized"
+    return "the model is sharded" if holds_shards(modules) else None
+
+
+def holds_shards(modules: list[torch.nn.Module]) -> bool:
+    """Whether parameters stand for parts of themselves: those of FSDP and of ZeRO-3 may not be put aside.
+
+    FSDP 1 marks its modules for the compiler, ZeRO-3 its parameters; those of FSDP 2 are `DTensor`s.
+    """
+    every = [module for held in modules for module in held.modules()]
+    weights = [weight for module in every for weight in module.parameters(recurse=False)]
+    return any(hasattr(module, "_is_fsdp_managed_module") for module in every) or any(
+        hasattr(weight, "ds_id") or hasattr(weight, "device_mesh") for weight in weights
+    )
+
+
+@contextmanager
+def kept_loaders(accelerator: Any) -> Iterator[None]:
+    """Forgets the data loaders that were prepared meanwhile: `Accelerator` lists all, and saves their states."""
+    before = list(accelerator._dataloaders)
+    try:
+        yield
+    finally:
+        accelerator._dataloaders[:] = before
 
 
 def items_argument(trainer: Any, num_items: float) -> torch.Tensor | None:

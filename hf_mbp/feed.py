@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from hf_mbp import collate, compat, equivalence, loaders, memory, other_trainers, probe
 from hf_mbp.accumulation import half_precision
 from hf_mbp.collate import Batch, Inputs, KeepRows, Rows
+from hf_mbp.comparison import NothingToCompareError
 from hf_mbp.distributed import Ranks
-from hf_mbp.equivalence import NothingToCompareError
 from hf_mbp.items import checked_count
 from hf_mbp.plan import Budget, Cost, Ints, as_sizes, round_up, too_long_message
 from hf_mbp.precollated import CollatedRow, CollateInWorkers, cut_out
@@ -55,7 +55,7 @@ class Feed:
         self.report = report
         self.budget = RunBudget(trainer, ranks)
         self._cost: Cost | None = None
-        self._traits = LossTraits()
+        self._traits = LossTraits(self.trainer.accelerator)
         self._filler: MicroBatch | None = None
         self._left_over: list[Any] = []
         self._spare: list[Any] = []
@@ -68,7 +68,7 @@ class Feed:
         self._cost, self._filler = None, None
         self._left_over, self._spare = [], []
         self._checked = set()
-        self._traits = LossTraits()
+        self._traits = LossTraits(self.trainer.accelerator)
         self.report.restart()
 
     def as_many_as_others(self, batches: list[Any]) -> list[Any]:
@@ -339,8 +339,7 @@ class Feed:
         if report is None:
             return outcome
         verdict = "Checked to be exact" if is_exact else "NOT exact"
-        if is_exact and report.tolerance == equivalence.HALF_PRECISION_TOLERANCE:
-            verdict = "Checked as far as half precision can tell"
+        verdict += "".join(f", {reservation}" for reservation in report.reservations)
         return f"{verdict}: split and whole gradient differ by {report.max_relative_error:.1g}."
 
 

@@ -94,7 +94,9 @@ def run_mini_batch(
     if accumulate_in_fp32:
         compat.refuse_float32_sums(is_sharded=compat.shards(accelerator))
     base = accelerator.unwrap_model(model)
-    traits = _TRAITS.setdefault(base, LossTraits()) if shifts_labels is None else LossTraits(shifts_labels)
+    traits = LossTraits(accelerator, shifts_labels)
+    if shifts_labels is None:
+        traits = _TRAITS.setdefault(base, traits)
     loop = _Loop(
         model=model,
         base=base,

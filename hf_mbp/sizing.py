@@ -9,7 +9,8 @@ from hf_mbp import compat, memory
 from hf_mbp.collate import num_rows_of
 from hf_mbp.padding import can_be_cut, cut_columns, with_padding
 from hf_mbp.plan import Budget, Cost, Ints
-from hf_mbp.probe import kept_collator, loss_of, modules_of, undisturbed
+from hf_mbp.probe import loss_of, modules_of
+from hf_mbp.undisturbed import kept_collator, undisturbed
 
 PROBE_CELLS, PROBE_ROWS = 256, (2, 8)
 """Cells of a micro-batch that is run to measure its memory: from here on bytes per cell hardly change. Not more rows,

@@ -1,5 +1,6 @@
 """`check_equivalence` passes on exact heads, names what makes others inexact, and leaves no trace."""
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    BertForMaskedLM,
     BertForPreTraining,
     BertForSequenceClassification,
+    DataCollatorForLanguageModeling,
     ElectraConfig,
     ElectraForPreTraining,
     FNetConfig,
@@ -33,6 +36,7 @@ from tests.helpers import (
     masked_prefix,
     mbp_trainer,
     token_rows,
+    tokenizer,
     with_labels,
 )
 from tests.test_equivalence import HEADS, class_rows
@@ -123,6 +127,60 @@ def classifier() -> Any:
     return build(BertForSequenceClassification, bert_config(num_labels=3))
 
 
+class IgnoresMask(BertForSequenceClassification):
+    def forward(self, **inputs: Any) -> Any:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        return super().forward(**inputs)
+
+
+class PairwiseContrastive(MBPTrainer):
+    """Each pair of rows is judged by itself, so that a row alone has a loss, too."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        alike = outputs.logits @ outputs.logits.T
+        signs = 2 * torch.eye(len(alike)) - 1
+        loss = -torch.nn.functional.logsigmoid(signs * alike).sum() / len(alike)
+        return (loss, outputs) if return_outputs else loss
+
+
+class Auxiliary(torch.autograd.Function):
+    """Leaves the loss as it is, and adds to its gradient, as some mixtures of experts do to balance them."""
+
+    @staticmethod
+    def forward(context: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient + 1 / gradient.numel()
+
+
+class AddsGradients(BertForSequenceClassification):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.classifier.register_forward_hook(lambda module, inputs, output: Auxiliary.apply(output))
+
+
+class Spreads(BertForSequenceClassification):
+    """Draws rows apart from each other, in training mode only."""
+
+    def forward(self, **inputs: Any) -> Any:
+        outputs = super().forward(**inputs)
+        if self.training:
+            outputs["loss"] = outputs["loss"] - outputs["logits"].var(dim=0, correction=0).sum()
+        return outputs
+
+
+def spectrally_normalised() -> Any:
+    """Whose power iteration has not settled, as after every step that changes the weights."""
+    model = classifier()
+    torch.nn.utils.parametrizations.spectral_norm(model.classifier)
+    parametrization = model.classifier.parametrizations.weight[0]
+    parametrization._u.copy_(torch.nn.functional.normalize(torch.ones_like(parametrization._u), dim=0))
+    return model
+
+
 class PadLabelsWithZeros(Pad):
     """Zero is a class to Electra, which counts tokens by the mask."""
 
@@ -156,7 +214,7 @@ INEXACT: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         lambda: build(BertForPreTraining, bert_config()),
         pretraining_rows,
         {},
-        "No count of items",
+        "here there are labels, next_sentence_label",
     ),
     "electra": (
         electra,
@@ -170,6 +228,26 @@ INEXACT: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         classes,
         {"data_collator": Pad(side="left")},
         "padding_side='right'",
+    ),
+    "ignored mask": (lambda: build(IgnoresMask, bert_config(num_labels=3)), classes, {}, "ignores attention_mask"),
+    "changing state": (
+        lambda: spectrally_normalised(),
+        classes,
+        {},
+        "next one computes (classifier.parametrizations.weight.0._u",
+    ),
+    "pairwise contrastive": (
+        classifier,
+        classes,
+        {"trainer_class": PairwiseContrastive},
+        "the loss of a row twice is not that of the row",
+    ),
+    "gradients only": (lambda: build(AddsGradients, bert_config(num_labels=3)), classes, {}, "backward pass only"),
+    "training mode only": (
+        lambda: build(Spreads, bert_config(num_labels=3)),
+        classes,
+        {},
+        "statistic of the rows that run together",
     ),
     "ctc sum": (lambda: speech_model(ctc_loss_reduction="sum"), speech_rows, {}, "sum over the rows"),
     "ctc mean": (
@@ -189,48 +267,155 @@ def test_inexact_losses_are_named(case: str, tmp_path: Path) -> None:
     assert any(finding in text for text in report.findings), report
 
 
+@pytest.mark.parametrize("case", ["changing state", "training mode only"])
+def test_what_shows_in_training_mode_only_does_not_in_evaluation_mode(case: str, tmp_path: Path) -> None:
+    """So the check would not see it there."""
+    model, rows, changes, _ = INEXACT[case]
+    model = model()
+    model.train = lambda mode=True: torch.nn.Module.train(model, False)
+    assert check_equivalence(mbp_trainer(model, rows(), tmp_path, **changes)).is_exact
+
+
+def test_the_report_names_the_worst_parameter(tmp_path: Path) -> None:
+    model, rows, changes, _ = INEXACT["gradients only"]
+    report = check_equivalence(mbp_trainer(model(), rows(), tmp_path, **changes))
+    assert report.worst_parameter in report.findings[0]
+    assert f"of the gradient of        {report.worst_parameter}" in str(report)
+
+
 def test_the_right_count_mends_class_weights(tmp_path: Path) -> None:
     report = check_equivalence(mbp_trainer(classifier(), classes(), tmp_path, trainer_class=ClassWeightedCounted))
     assert report.is_exact
 
 
-def state_of(trainer: MBPTrainer) -> list[Any]:
-    """Everything the check could disturb, to be compared bit for bit."""
-    model = trainer.model
-    return [
-        {name: value.clone() for name, value in model.state_dict().items()},
-        [p.grad if p.grad is None else p.grad.clone() for p in model.parameters()],
-        [module.training for module in model.modules()],
-        model.config.to_dict(),
-        torch.get_rng_state().clone(),
-        list(np.random.get_state()[1]),
-        random.getstate(),
-        list(trainer.train_dataset),
-    ]
+class Nasty(BertForMaskedLM):
+    """Does in its forward pass all that may be done there, and drops out."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        size = config.hidden_size
+        self.recurrent = torch.nn.LSTM(size, size, num_layers=2, dropout=0.2, batch_first=True)
+        self.average = torch.nn.Parameter(torch.zeros(size), requires_grad=False)
+        self.register_buffer("calls", torch.zeros(2))
+        self.register_buffer("seen", torch.zeros(0))
+        self.widest, self.widths, self.scratch = 0, [0], torch.zeros(3)
+        self.generator, self.shuffler = torch.Generator().manual_seed(5), np.random.default_rng(5)
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        embedded = self.recurrent(self.get_input_embeddings()(input_ids))[0]
+        with torch.no_grad():
+            self.average.mul_(0.9).add_(0.1 * embedded.mean(dim=(0, 1)))
+            self.average.data.add_(1e-3)
+            self.calls += 1
+            self.scratch += 1
+            self.seen = torch.cat([self.seen, embedded[0, 0]])
+        self.widest = max(self.widest, input_ids.shape[1])
+        self.widths.append(self.widest)
+        self.config.use_cache = not self.config.use_cache
+        torch.rand(1, generator=self.generator)
+        self.shuffler.random()
+        torch.rand(1), random.random(), np.random.rand()
+        return super().forward(inputs_embeds=embedded, attention_mask=attention_mask, labels=labels)
 
 
-@pytest.mark.parametrize("head", ["single_label", "gpt2"])
-def test_the_check_leaves_no_trace(head: str, tmp_path: Path) -> None:
-    model_class, config, rows, collate, _ = HEADS[head]
-    trainer = mbp_trainer(build(model_class, config()), rows(), tmp_path, data_collator=collate)
+class CountsInMetrics(MBPTrainer):
+    """Notes something at each call of its loss, as the trainers of TRL do."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._metrics = {"train": {"width": []}}
+        self.tokens = 0
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        self._metrics["train"]["width"].append(float(inputs["input_ids"].shape[1]))
+        self.tokens += 1
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+class Shuffles(torch.utils.data.Dataset):
+    """Draws from a generator of its own at each row."""
+
+    def __init__(self) -> None:
+        self.rows, self.generator = token_rows(32), random.Random(3)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row, end = self.rows[index], 2 + self.generator.randrange(20)
+        return {key: value[:end] for key, value in row.items()}
+
+
+def nasty_trainer(folder: Path, **changes: Any) -> Any:
+    dropouts = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    return mbp_trainer(
+        build(Nasty, bert_config(**dropouts)),
+        Shuffles(),
+        folder,
+        trainer_class=CountsInMetrics,
+        data_collator=DataCollatorForLanguageModeling(tokenizer(), seed=7),
+        optim="adamw_torch",
+        **changes,
+    )
+
+
+def flat(value: Any) -> Any:
+    """Tensors, arrays and what holds them, as something to be compared bit for bit."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return torch.as_tensor(value).tolist()
+    if isinstance(value, dict):
+        return {key: flat(inner) for key, inner in value.items()}
+    return [flat(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def state_of(trainer: Any) -> dict[str, Any]:
+    """Everything the check could disturb."""
+    model, collator = trainer.model, trainer.data_collator
+    attributes = ("widest", "widths", "scratch", "seen", "calls")
+    return {
+        "weights": flat(dict(model.named_parameters())),
+        "identities": [id(tensor) for tensor in (*model.parameters(), *model.buffers())],
+        "buffers": flat(dict(model.named_buffers())),
+        "gradients": [flat(parameter.grad) for parameter in model.parameters()],
+        "optimizer": flat(trainer.optimizer.state_dict()),
+        "flags": [module.training for module in model.modules()],
+        "rates": [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)],
+        "hooks": [len(module._forward_hooks) for module in model.modules()],
+        "config": model.config.to_dict(),
+        "attributes": [flat(getattr(model, name, None)) for name in attributes],
+        "random states": flat([torch.get_rng_state(), np.random.get_state(), random.getstate()]),
+        "model generators": [flat(model.generator.get_state()), model.shuffler.bit_generator.state],
+        "collator": collator.generator and flat(collator.generator.get_state()),
+        "data": trainer.train_dataset.generator.getstate(),
+        "metrics": [copy.deepcopy(trainer._metrics), trainer.tokens],
+        "loaders": len(trainer.accelerator._dataloaders),
+        "precision": torch.backends.cudnn.allow_tf32,
+    }
+
+
+def test_the_check_leaves_no_trace_of_a_nasty_model(tmp_path: Path) -> None:
+    """After a step, so that there are optimizer states, and generators that have been drawn from."""
+    trainer = nasty_trainer(tmp_path)
+    trainer.train()
     for index, parameter in enumerate(trainer.model.parameters()):
         parameter.grad = torch.full_like(parameter, float(index)) if index % 2 else None
+    trainer.model.bert.eval()
     before = state_of(trainer)
     check_equivalence(trainer)
     after = state_of(trainer)
-    torch.testing.assert_close(after[:2], before[:2], rtol=0, atol=0)
-    assert torch.equal(after[4], before[4])
-    assert after[2:4] + after[5:] == before[2:4] + before[5:]
+    for name, value in before.items():
+        assert after[name] == value, name
 
 
 def test_a_run_with_the_check_equals_one_without(tmp_path: Path) -> None:
-    def weights(check: bool) -> dict[str, torch.Tensor]:
-        model = build(BertForSequenceClassification, bert_config(num_labels=3, hidden_dropout_prob=0.1))
-        trainer = mbp_trainer(model, classes(), tmp_path, check_at_start=check, max_steps=3)
-        trainer.train()
-        return model.state_dict()
+    """With dropout and random masks."""
 
-    torch.testing.assert_close(weights(True), weights(False), rtol=0, atol=0)
+    def run(check: bool) -> Any:
+        trainer = nasty_trainer(tmp_path, check_at_start=check, max_steps=3, on_inexact="error")
+        trainer.train()
+        return flat(trainer.model.state_dict()), trainer.model.widths, trainer.state.log_history[0]["loss"]
+
+    assert run(True) == run(False)
 
 
 def test_training_warns_of_what_is_inexact(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import DataCollatorForLanguageModeling
 
-from hf_mbp.probe import kept_collator, kept_notes, modules_of, undisturbed
+from hf_mbp.probe import modules_of
+from hf_mbp.undisturbed import kept_collator, kept_notes, undisturbed
 from tests.helpers import token_rows, tokenizer
 
 
