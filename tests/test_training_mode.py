@@ -99,7 +99,7 @@ def test_models_with_dropout_are_compared_in_training_mode(kind: str, tmp_path: 
 def test_checkpointed_activations_do_not_bring_dropout_back(tmp_path: Path) -> None:
     model = build(BertForSequenceClassification, bert_config(num_labels=3, **DROPOUT))
     trainer = mbp_trainer(model, classes(), tmp_path)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     flags = [vars(module).get("gradient_checkpointing") for module in model.modules()]
     assert any(flags)
     calls = []

@@ -37,8 +37,12 @@ _SECTIONS: tuple[tuple[str, type], ...] = (
 
 def short_help() -> str:
     """Return the help text: our own options in full, transformers' by name of their class."""
-    sections = ("\n".join((title, *_options(arguments))) for title, arguments in _SECTIONS)
-    return "\n\n".join((_INTRODUCTION, *sections, _END))
+    return "\n\n".join((_INTRODUCTION, *option_sections(), _END))
+
+
+def option_sections() -> list[str]:
+    """Return our own options under the headings of their classes, for every script that reads recipes."""
+    return ["\n".join((title, *_options(arguments))) for title, arguments in _SECTIONS]
 
 
 def _options(arguments: type) -> Iterable[str]:

@@ -1,0 +1,110 @@
+"""Check without training whether micro-batches are exact for a recipe's model, data and options."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import textwrap
+from collections.abc import Sequence
+
+from hf_mbp.cli.errors import (
+    EXIT_CODE,
+    UserError,
+    keep_other_processes_quiet,
+    run_reporting_errors,
+    say,
+    user_errors,
+)
+from hf_mbp.cli.finetune import build_trainer
+from hf_mbp.cli.help import option_sections
+from hf_mbp.cli.recipe import Recipe, read_recipe
+from hf_mbp.equivalence import EquivalenceReport, check_equivalence
+
+NOT_EXACT = 1
+
+_WIDTH = 100
+_FEWEST_ROWS = 2
+
+_INTRODUCTION = f"""\
+usage: check.py RECIPE.yaml [--num_rows 8] [--option value ...]
+
+Check, without training, whether micro-batches give the gradient of the whole batch for a recipe's model, loss and data,
+and say why if they do not. The recipe is one that finetune.py runs; nothing is written into its output_dir.
+
+  python scripts/check.py recipes/text_classification/spam.yaml
+  python scripts/check.py my.yaml --num_rows 16 --dtype bfloat16
+
+The exit code is 0 if it is exact, {NOT_EXACT} if it is not, {EXIT_CODE} after a mistake in the recipe or the options.
+
+check
+  --num_rows                rows to compare, whole and split: short ones, of unlike lengths and labels [8]"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        say("\n\n".join((_INTRODUCTION, *option_sections())))
+        return 0
+    keep_other_processes_quiet()
+    show_traceback = any(word.startswith(("--debug_traceback", "--debug-traceback")) for word in argv)
+    reports: list[EquivalenceReport] = []
+    mistake = run_reporting_errors(lambda: reports.append(_check(argv)), show_traceback=show_traceback)
+    if mistake:
+        return mistake
+    say(as_text(reports[0]))
+    return 0 if reports[0].is_exact else NOT_EXACT
+
+
+def _check(argv: Sequence[str]) -> EquivalenceReport:
+    num_rows, rest = _take_num_rows(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        return check(read_recipe([*rest, "--output_dir", folder]), num_rows)
+
+
+def _take_num_rows(argv: Sequence[str]) -> tuple[int, list[str]]:
+    """The option that is this script's own, and the others."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    parser.add_argument("--num_rows", "--num-rows", default="8")
+    with user_errors("command line", argparse.ArgumentError):
+        known, rest = parser.parse_known_args(list(argv))
+    if not known.num_rows.isdecimal() or int(known.num_rows) < _FEWEST_ROWS:
+        raise UserError(
+            f"command line: --num_rows is {known.num_rows!r}; write a whole number from {_FEWEST_ROWS}, such as 8"
+        )
+    return int(known.num_rows), rest
+
+
+def check(recipe: Recipe, num_rows: int) -> EquivalenceReport:
+    """Load what the recipe names, as for training, and compare `num_rows` rows whole and split.
+
+    Raises:
+        UserError: it cannot be loaded, or there is nothing to compare.
+    """
+    trainer = build_trainer(recipe)
+    with user_errors("the check refuses", ValueError):
+        return check_equivalence(trainer, num_rows)
+
+
+def as_text(report: EquivalenceReport) -> str:
+    """Return the verdict, the numbers and the findings, in lines of at most 100 characters."""
+    verdict = "exact: micro-batches give the gradient of the whole batch"
+    if not report.is_exact:
+        verdict = "NOT exact: micro-batches give another gradient than the whole batch"
+    numbers = {
+        "rows": f"{report.num_rows}, as one batch and as {report.num_micro_batches} micro-batches",
+        "loss": f"{report.whole_loss:.8g} whole, {report.split_loss:.8g} split",
+        "largest relative error": f"{report.max_relative_error:.2g} (up to {report.tolerance:g} is rounding)",
+        "of the gradient of": report.worst_parameter,
+    }
+    lines = [verdict, "", *(f"  {name:<24}{value}" for name, value in numbers.items())]
+    for reservation in report.reservations:
+        lines += ["", *_wrapped(f"Checked {reservation}.", "  ")]
+    for finding in report.findings:
+        lines += ["", *_wrapped(finding, "- ")]
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, start: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
