@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from torch.linalg import vector_norm
 
 from hf_mbp.collate import Inputs, has_entry_for_each_row, select_rows
+from hf_mbp.distributed import Ranks
 from hf_mbp.full_precision import in_float32
+from hf_mbp.items import with_an_item
 from hf_mbp.padding import trim
 from hf_mbp.precollated import CollatedRow
 from hf_mbp.probe import loss_of, modules_of
@@ -52,23 +55,35 @@ class Comparison:
     """Rows of a trainer as one batch and in parts, and what can be tried with them.
 
     Every run begins in the state that `stand_ins` remember and with the same random numbers, unless it says otherwise.
+    Ranks that share one model make it `together`: the same runs, each on rows of its own, and gradients are means over
+    the ranks.
     """
 
     def __init__(
-        self, trainer: Any, rows: list[Any], num_rows: int, *, stand_ins: StandIns, why_half: str | None
+        self,
+        trainer: Any,
+        rows: list[Any],
+        num_rows: int,
+        *,
+        stand_ins: StandIns,
+        why_half: str | None,
+        together: Ranks | None = None,
     ) -> None:
         self.trainer = trainer
+        self.together = together
         self.stand_ins = stand_ins
         self.why_half = why_half
         self.modules = modules_of(trainer)
         self.parameters = _trainable(self.modules)
+        self.smallest = 2 if batch_norms_of(trainer.model) else 1  # one row has no variance to normalise by
         self.rows = self._telling_rows(rows, num_rows)
-        if len(self.rows) < 2:
+        if together:
+            self.rows = self.rows[: int(together.lowest(len(self.rows)))]
+        if len(self.rows) < 2 * self.smallest:
             raise NothingToCompareError(
-                f"a split needs two rows with something to learn to compare; of {len(rows)} rows, "
+                f"a split needs {2 * self.smallest} rows with something to learn to compare; of {len(rows)} rows, "
                 f"{len(self.rows)} will do (num_rows={num_rows})."
             )
-        self.smallest = 2 if batch_norms_of(trainer.model) else 1  # one row has no variance to normalise by
         self.whole = self._collated_whole()
         self.is_dense = has_entry_for_each_row(self.whole, len(self.rows))
         self.is_random_collator = self.is_dense and not _same(self.whole, self._collated_whole())
@@ -155,8 +170,9 @@ class Comparison:
         counts = [self.items(part) for part in parts]
         total = 0.0
         for part, count in zip(parts, counts, strict=True):
-            if count > 0:
-                loss = loss_of(self.trainer, part, count, weight=count / sum(counts))
+            if count > 0 or self.together:
+                part = part if count > 0 else with_an_item(part)
+                loss = loss_of(self.trainer, part, count or 1, weight=count / sum(counts))
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
         return total, [torch.zeros_like(p) if p.grad is None else p.grad for _, p in self.parameters]
@@ -214,17 +230,18 @@ def _trainable(modules: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Param
 
 
 def _uneven_groups(num_rows: int, smallest: int = 1) -> list[list[int]]:
-    """Contiguous groups of `smallest`, `smallest` + 1, ... rows, so that no two weigh the same.
+    """Contiguous groups of `smallest`, `smallest` + 1, ... rows, so that no two weigh the same; two at least.
 
     Example:
-        >>> _uneven_groups(8)
-        [[0], [1, 2], [3, 4, 5, 6, 7]]
+        >>> _uneven_groups(8), _uneven_groups(2)
+        ([[0], [1, 2], [3, 4, 5, 6, 7]], [[0], [1]])
     """
     groups: list[list[int]] = []
     start = 0
     while start < num_rows:
         end = start + smallest + len(groups)
-        is_last = end + smallest + len(groups) + 1 > num_rows
+        needed_after = smallest + len(groups) + 1 if groups else smallest
+        is_last = end + needed_after > num_rows
         groups.append(list(range(start, num_rows if is_last else end)))
         start = groups[-1][-1] + 1
     return groups
@@ -254,5 +271,7 @@ def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _norm(gradient: torch.Tensor) -> float:
+    if isinstance(gradient, DTensor):
+        gradient = gradient.full_tensor()
     dtype = torch.float32 if gradient.device.type == "mps" else torch.float64  # Apple's GPUs know no float64
     return float(vector_norm(gradient, dtype=dtype))

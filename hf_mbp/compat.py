@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, send_to_device
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
@@ -123,7 +124,7 @@ def needs_half_precision(modules: list[torch.nn.Module]) -> str | None:
     weights = [weight for module in every for weight in module.parameters(recurse=False)]
     if any(weight.is_quantized or weight.element_size() == 1 for weight in weights):
         return "the weights are quantized"
-    return "the model is sharded" if holds_shards(modules) else None
+    return None
 
 
 def holds_shards(modules: list[torch.nn.Module]) -> bool:
@@ -136,6 +137,13 @@ def holds_shards(modules: list[torch.nn.Module]) -> bool:
     return any(hasattr(module, "_is_fsdp_managed_module") for module in every) or any(
         hasattr(weight, "ds_id") or hasattr(weight, "device_mesh") for weight in weights
     )
+
+
+def reshard(modules: list[torch.nn.Module]) -> None:
+    """Puts aside the whole parameters that FSDP2 keeps after a forward pass, in the hope of a backward pass."""
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @contextmanager
@@ -243,6 +251,11 @@ def is_sharded(trainer: Any) -> bool:
         or trainer.is_deepspeed_enabled
         or getattr(trainer, "is_distributed_loading_by_transformers", False)
     )
+
+
+def is_fsdp2(trainer: Any) -> bool:
+    """Whether the model is sharded by FSDP2, under which every rank has its part of every gradient at hand."""
+    return bool(trainer.is_fsdp_enabled) and isinstance(trainer.model, FSDPModule)
 
 
 def shards(accelerator: Any) -> bool:

@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 from hf_mbp import compat, full_precision
-from hf_mbp.comparison import Comparison, NothingToCompareError
+from hf_mbp.comparison import Comparison, Difference, NothingToCompareError
+from hf_mbp.distributed import Ranks
 from hf_mbp.findings import explain
 from hf_mbp.probe import modules_of
 from hf_mbp.training_mode import evaluation_mode, training_mode_without_dropout
@@ -16,6 +17,11 @@ __all__ = ["EquivalenceReport", "InexactError", "NothingToCompareError", "check_
 
 ROWS_TO_CHOOSE_FROM = 8
 """Rows that are read for each that is compared, so that there are short ones of unlike lengths and labels."""
+
+NOT_EXPLAINED = (
+    "What the reason is cannot be tried while the model is spread over several processes: run scripts/check.py, or "
+    "check_equivalence(trainer), in one process."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,28 +104,28 @@ def check_equivalence(trainer: Any, num_rows: int = 8) -> EquivalenceReport:
     if compat.is_sharded(trainer):
         raise ValueError(
             "check_equivalence needs the whole model on each rank, and FSDP and DeepSpeed shard it. Run the check "
-            "once in one process without them."
+            "once in one process without them. (Under FSDP2, train() runs it when it starts.)"
         )
     with own_random_numbers(modules_of(trainer)), untouched(trainer):
         rows = trainer.mbp_feed.sample(num_rows * ROWS_TO_CHOOSE_FROM)
     return compare(trainer, rows, num_rows)
 
 
-def compare(trainer: Any, rows: list[Any], num_rows: int) -> EquivalenceReport:
-    """`check_equivalence` on the shortest `num_rows` of the given rows."""
+def compare(trainer: Any, rows: list[Any], num_rows: int, *, together: Ranks | None = None) -> EquivalenceReport:
+    """`check_equivalence` on the shortest `num_rows` of the given rows; `together` if the ranks share one model."""
     with untouched(trainer):
-        run = partial(_report, trainer, rows, num_rows)
+        run = partial(_report, trainer, rows, num_rows, together)
         return full_precision.on_the_side(trainer.accelerator, modules_of(trainer), run)
 
 
 def _report(
-    trainer: Any, rows: list[Any], num_rows: int, stand_ins: StandIns, why_half: str | None
+    trainer: Any, rows: list[Any], num_rows: int, together: Ranks | None, stand_ins: StandIns, why_half: str | None
 ) -> EquivalenceReport:
     """In training mode, and again in evaluation mode if that draws random numbers which matter."""
     model, others = trainer.model, modules_of(trainer)
     with training_mode_without_dropout(model, others):
         stand_ins.remember()
-        comparison = Comparison(trainer, rows, num_rows, stand_ins=stand_ins, why_half=why_half)
+        comparison = Comparison(trainer, rows, num_rows, stand_ins=stand_ins, why_half=why_half, together=together)
         report = _outcome(comparison, is_training_mode=True)
         if report is not None:
             return report
@@ -140,7 +146,7 @@ def _outcome(comparison: Comparison, *, is_training_mode: bool) -> EquivalenceRe
     return EquivalenceReport(
         max_relative_error=difference.error,
         tolerance=comparison.tolerance,
-        findings=() if is_exact else tuple(explain(comparison, difference)),
+        findings=() if is_exact else _findings(comparison, difference),
         num_rows=len(comparison.rows),
         num_micro_batches=len(comparison.parts),
         whole_loss=comparison.whole_loss,
@@ -149,6 +155,12 @@ def _outcome(comparison: Comparison, *, is_training_mode: bool) -> EquivalenceRe
         half_precision_because=comparison.why_half,
         is_training_mode=is_training_mode,
     )
+
+
+def _findings(comparison: Comparison, difference: Difference) -> tuple[str, ...]:
+    if comparison.together:
+        return (NOT_EXPLAINED,)
+    return tuple(explain(comparison, difference))
 
 
 def settle(report: EquivalenceReport | None, is_exact_everywhere: bool, on_inexact: str) -> None:

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_mbp import collate, compat, equivalence, loaders, memory, other_trainers, probe
+from hf_mbp import collate, compat, loaders, memory, other_trainers, probe
 from hf_mbp.accumulation import half_precision
 from hf_mbp.collate import Batch, Inputs, KeepRows, Rows
-from hf_mbp.comparison import NothingToCompareError
 from hf_mbp.distributed import Ranks
 from hf_mbp.items import checked_count
 from hf_mbp.plan import Budget, Cost, Ints, as_sizes, round_up, too_long_message
@@ -23,10 +22,8 @@ from hf_mbp.probe import LossFunction, LossTraits
 from hf_mbp.report import StepReport, half_precision_note, padded_rows_note, start_line
 from hf_mbp.run_budget import RunBudget
 from hf_mbp.sizing import cost_of
+from hf_mbp.start_check import StartCheck
 from hf_mbp.step import MicroBatch, RowFunctions, as_filler, split_mini_batch, weigh
-
-CHECKED_ROWS = 8
-"""Rows of the first step that exactness is checked on, the shortest: enough for uneven micro-batches, and cheap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +51,12 @@ class Feed:
         self.ranks = ranks
         self.report = report
         self.budget = RunBudget(trainer, ranks)
+        self.check = StartCheck(trainer, ranks)
         self._cost: Cost | None = None
         self._traits = LossTraits(self.trainer.accelerator)
         self._filler: MicroBatch | None = None
         self._left_over: list[Any] = []
         self._spare: list[Any] = []
-        self._checked: set[Any] = set()
         self._has_told: set[str] = set()
 
     def restart(self) -> None:
@@ -67,7 +64,7 @@ class Feed:
         self.budget.forget()
         self._cost, self._filler = None, None
         self._left_over, self._spare = [], []
-        self._checked = set()
+        self.check.restart()
         self._traits = LossTraits(self.trainer.accelerator)
         self.report.restart()
 
@@ -199,7 +196,7 @@ class Feed:
         is_first_step, cost = self._cost is None, self._cost_of_model()
         if is_first_step and compat.is_sharded(self.trainer):
             self._find_out_together(pools[0].rows)
-        checks = [self._check(pool.rows) for pool in pools if self._is_unchecked(pool.rows[0])]
+        checks = [self.check.run(pool.rows, pool.sizes, budget) for pool in pools if self.check.is_due(pool.rows[0])]
         with collate.seeded(self.trainer.args.seed, self.trainer.state.global_step, self.trainer.args.process_index):
             micro_batches = [micro_batch for pool in pools for micro_batch in self._planned(pool, budget, cost)]
         batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
@@ -312,35 +309,6 @@ class Feed:
         if self._cost is None:
             self._cost = cost_of(self.trainer.model, self.trainer.args.device)
         return self._cost
-
-    def _is_unchecked(self, row: Any) -> bool:
-        """Whether no rank has seen a row of this kind: each data set of sentence-transformers has a loss of its own."""
-        kind: Any = None
-        if other_trainers.is_sentence_transformers(self.trainer) and isinstance(row, CollatedRow):
-            kind = (row.batch.inputs.get("dataset_name"), *sorted(row.batch.inputs))
-        is_new: bool = kind not in self._checked
-        self._checked.add(kind)
-        return is_new if kind is None else bool(self.ranks.highest(is_new))
-
-    def _check(self, rows: list[Any]) -> str:
-        """Runs the equivalence check on rows of the first step; says how it went."""
-        if not self.trainer.mbp_config.check_at_start:
-            return "Exactness was not checked (check_at_start=False)."
-        if compat.is_sharded(self.trainer):
-            return "Exactness was not checked: the model is sharded over the ranks."
-        report, outcome = None, ""
-        try:
-            report = equivalence.compare(self.trainer, rows, num_rows=CHECKED_ROWS)
-        except NothingToCompareError as nothing:
-            outcome = f"Exactness was not checked: {nothing}"
-        is_exact = all(exact for (exact,) in self.ranks.gather(report is None or report.is_exact))
-        is_refused = other_trainers.is_sentence_transformers(self.trainer)
-        equivalence.settle(report, is_exact, "error" if is_refused else self.trainer.mbp_config.on_inexact)
-        if report is None:
-            return outcome
-        verdict = "Checked to be exact" if is_exact else "NOT exact"
-        verdict += "".join(f", {reservation}" for reservation in report.reservations)
-        return f"{verdict}: split and whole gradient differ by {report.max_relative_error:.1g}."
 
 
 def _is_alike(row: Any, other: Any) -> bool:

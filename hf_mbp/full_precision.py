@@ -30,6 +30,8 @@ def obstacle(accelerator: Any, modules: list[torch.nn.Module]) -> str | None:
     """Why models that compute in half precision cannot do so in float32; `None` if they can."""
     if accelerator.mixed_precision == "fp8":
         return "layers are replaced by those of fp8"
+    if compat.holds_shards(modules):
+        return "the model is sharded"
     return compat.needs_half_precision(modules) or _lack_of_memory(modules)
 
 

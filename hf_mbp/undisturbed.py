@@ -27,6 +27,10 @@ first forward pass, and remembers that in an attribute."""
 CONTAINERS = (list, dict, set, deque)
 
 
+Registered = list[tuple[nn.Module, dict[str, Any] | None, dict[str, Any]]]
+"""Modules with the parameters and buffers they have."""
+
+
 class StandIns:
     """Copies in the place of a model's tensors, so that nothing reaches the originals; and its attributes, noted.
 
@@ -42,6 +46,8 @@ class StandIns:
     def __init__(self, modules: list[nn.Module], half_as: torch.dtype | None = None) -> None:
         self.modules = list(dict.fromkeys(module for held in modules for module in held.modules()))
         self._half_as = half_as
+        self._is_sharded = compat.holds_shards(self.modules)
+        compat.reshard(self.modules)
         self._parameters = [(m, name, p) for m in self.modules for name, p in m._parameters.items() if p is not None]
         self._buffers = [(m, name, b) for m in self.modules for name, b in m._buffers.items() if b is not None]
         self._gradients = [(parameter, parameter.grad) for _, _, parameter in self._parameters]
@@ -49,12 +55,12 @@ class StandIns:
         self._holders = [*self.modules, *{id(config): config for config in configs}.values()]
         self._originals = [_Attributes(holder) for holder in self._holders]
         self._copies: dict[int, torch.Tensor] = {}
-        self._registered_first = _registered(self.modules)
+        self._registered_first = self._now_registered()
         self._put_in()
         self.remember()
 
     def _put_in(self) -> None:
-        are_copied = not compat.holds_shards(self.modules) and self._have_room()
+        are_copied = not self._is_sharded and self._have_room()
         for module, name, parameter in self._parameters:
             parameter.grad = None
             if are_copied and type(parameter) is nn.Parameter:
@@ -93,7 +99,11 @@ class StandIns:
     def remember(self) -> None:
         """Makes the attributes of this moment, such as training flags, those that `reset` returns to."""
         self._attributes = [_Attributes(holder) for holder in self._holders]
-        self._registered = _registered(self.modules)
+        self._registered = self._now_registered()
+
+    def _now_registered(self) -> Registered:
+        """What modules have; not parameters of FSDP 2, which exchanges them, whole and sharded, by itself."""
+        return [(m, None if self._is_sharded else dict(m._parameters), dict(m._buffers)) for m in self.modules]
 
     def reset(self) -> None:
         """Puts everything back as it was at the start, but for what `remember` noted; the copies stay in place."""
@@ -101,7 +111,7 @@ class StandIns:
             if id(tensor) in self._copies:
                 with torch.no_grad():
                     self._copies[id(tensor)].data.copy_(tensor)
-        _register(self._registered)
+        self._register(self._registered)
         for attributes in self._attributes:
             attributes.put_back()
 
@@ -119,11 +129,19 @@ class StandIns:
 
     def put_back(self) -> None:
         """Puts the originals back."""
-        _register(self._registered_first)
+        self._register(self._registered_first)
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         for attributes in self._originals:
             attributes.put_back(with_generators=True)
+
+    def _register(self, registered: Registered) -> None:
+        compat.reshard(self.modules)
+        for module, parameters, buffers in registered:
+            if parameters is not None:
+                _register_parameters(module, parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         yield from (parameter for _, _, parameter in self._parameters)
@@ -131,23 +149,12 @@ class StandIns:
         yield from (tensor for attributes in self._originals for _, tensor in attributes.tensors())
 
 
-Registered = list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]
-"""Modules with the parameters and buffers they have."""
-
-
-def _registered(modules: list[nn.Module]) -> Registered:
-    return [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
-
-
-def _register(registered: Registered) -> None:
-    for module, parameters, buffers in registered:
-        for name in module._parameters.keys() - parameters.keys():
-            del module._parameters[name]
-        for name, parameter in parameters.items():
-            if module._parameters.get(name) is not parameter:
-                setattr(module, name, parameter)  # an LSTM keeps a list of its parameters, which this updates
-        module._buffers.clear()
-        module._buffers.update(buffers)
+def _register_parameters(module: nn.Module, parameters: dict[str, Any]) -> None:
+    for name in module._parameters.keys() - parameters.keys():
+        del module._parameters[name]
+    for name, parameter in parameters.items():
+        if module._parameters.get(name) is not parameter:
+            setattr(module, name, parameter)  # an LSTM keeps a list of its parameters, which this updates
 
 
 def _same(now: Any, copied: torch.Tensor, original: torch.Tensor) -> bool:

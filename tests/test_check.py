@@ -434,8 +434,20 @@ def test_training_refuses_what_is_inexact_if_asked(tmp_path: Path) -> None:
 
 
 def test_one_row_cannot_be_compared(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a split needs two rows"):
+    with pytest.raises(ValueError, match="a split needs 2 rows"):
         check_equivalence(mbp_trainer(classifier(), classes()[:1], tmp_path))
+
+
+def test_two_rows_are_compared_with_each_alone(tmp_path: Path) -> None:
+    report = check_equivalence(mbp_trainer(classifier(), classes(), tmp_path, trainer_class=ClassWeighted), num_rows=2)
+    assert (report.num_rows, report.num_micro_batches) == (2, 2)
+    assert not report.is_exact
+
+
+def test_batch_normalisation_needs_two_rows_a_part(tmp_path: Path) -> None:
+    trainer = mbp_trainer(build(BatchNormalised, bert_config(num_labels=3)), classes()[:3], tmp_path)
+    with pytest.raises(ValueError, match="a split needs 4 rows"):
+        check_equivalence(trainer)
 
 
 def test_rows_without_items_are_not_taken_for_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ LAYERS = [
     "call_metrics",
     "watch",
     "step",
+    "start_check",
     "equivalence",
     "findings",
     "comparison",

@@ -95,7 +95,7 @@ def test_nothing_to_compare_is_a_mistake(
     changes = {"task": "language_modeling", "model_name_or_path": str(chat_model), "train_file": str(rows)}
     columns = {"prompt_column": "q", "answer_column": "a", "validation_file": None}
     assert main([str(recipe(**changes, **columns))]) == 2
-    assert "error: the check refuses: a split needs two rows" in capsys.readouterr().err
+    assert "error: the check refuses: a split needs 2 rows" in capsys.readouterr().err
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
