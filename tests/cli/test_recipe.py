@@ -159,7 +159,11 @@ def test_the_saved_recipe_has_no_secrets(recipe: Callable[..., Path]) -> None:
     assert "hf_secret" not in dump_recipe(read_recipe([str(recipe()), "--hub_token", "hf_secret"]))
 
 
-@pytest.mark.parametrize("file", sorted(RECIPES.glob("*/*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [file for file in sorted(RECIPES.glob("*/*.yaml")) if file.parent.name != "accelerate"],  # those are no recipes
+    ids=lambda file: file.stem,
+)
 def test_every_recipe_is_valid(file: Path) -> None:
     """The recipes for data sets on the Hub cannot run without a network; their keys and values are checked here."""
     read = read_recipe([str(file), "--use_cpu"])
