@@ -6,12 +6,12 @@ Checked against transformers 5.17 and 5.23, accelerate 1.15. Each function says 
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import DistributedType, DynamoBackend, send_to_device
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
@@ -57,16 +57,19 @@ def deferred_collation(trainer: Any, collator: Any) -> Iterator[None]:
 
 
 @contextmanager
-def weighted_loss(trainer: Any, weight: float, num_items: float) -> Iterator[None]:
+def weighted_loss(trainer: Any, weight: float, num_items: float, *, varies: bool = False) -> Iterator[None]:
     """Makes the stock `training_step` back-propagate `weight` times the mean loss of its micro-batch.
 
     It calls `self.compute_loss`, whoever overrides it, then may divide by `current_gradient_accumulation_steps`; which
     losses it divides differs between versions and between models, so the weight goes to the loss itself and the
-    divisor is 1. `average_tokens_across_devices` would multiply by the number of processes.
+    divisor is 1. `average_tokens_across_devices` would multiply by the number of processes. `varies` marks the inputs
+    for a compiled model: only here are they on the device already.
     """
     compute_loss, count = trainer.compute_loss, items_argument(trainer, num_items)
 
     def weighted(*args: Any, **kwargs: Any) -> Any:
+        if varies:
+            mark_varying(kwargs["inputs"] if "inputs" in kwargs else args[1])
         result = compute_loss(*args, **{**kwargs, "num_items_in_batch": count})
         return (result[0] * weight, *result[1:]) if isinstance(result, tuple) else result * weight
 
@@ -162,6 +165,46 @@ def void_step(accelerator: Any, model: torch.nn.Module) -> None:
         scaler.update(new_scale=scaler.get_scale() / scaler.get_backoff_factor())
         parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
         parameter.grad = torch.full_like(parameter, float("inf"))
+
+
+def compiles(accelerator: Any, model: torch.nn.Module) -> bool:
+    """Whether torch.compile runs the model or a part of it, by the user or by Accelerate (`torch_compile=True`).
+
+    `torch.compile(module)` keeps the module in `_orig_mod`; `module.compile()` sets `_compiled_call_impl`.
+    """
+    return accelerator.state.dynamo_plugin.backend != DynamoBackend.NO or any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def compiles_each_shape(accelerator: Any, model: torch.nn.Module) -> bool:
+    """Whether the model is compiled with `dynamic=False`, which torch keeps in a private attribute of its context."""
+    contexts = [getattr(module, "dynamo_ctx", None) for module in model.modules()]
+    chosen = [getattr(context, "_dynamic", None) for context in contexts]
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        chosen.append(accelerator.state.dynamo_plugin.dynamic)
+    return any(dynamic is False for dynamic in chosen)
+
+
+def eagerly(compiles: bool) -> AbstractContextManager[Any]:
+    """A context in which a compiled model runs as if it were not."""
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
+    return stance
+
+
+def mark_varying(inputs: Any) -> None:
+    """Tells the compiler that rows and width differ from call to call, so that the first shape is not compiled alone.
+
+    A hint: unlike `mark_dynamic` it allows a model to rely on a size. Widths are those of tokens, masks and labels;
+    the second dimension of images and sounds is fixed.
+    """
+    from torch._dynamo import maybe_mark_dynamic  # which takes seconds to import, and has no public place yet
+
+    for value in inputs.values():
+        if isinstance(value, torch.Tensor):
+            for dimension in range(min(value.ndim, 1 if value.is_floating_point() else 2)):
+                maybe_mark_dynamic(value, dimension)
 
 
 def is_sharded(trainer: Any) -> bool:

@@ -19,13 +19,20 @@ from hf_mbp.items import checked_count
 from hf_mbp.plan import Budget, Cost, Ints, as_sizes, round_up, too_long_message
 from hf_mbp.precollated import CollatedRow, CollateInWorkers, cut_out
 from hf_mbp.probe import LossFunction, LossTraits
-from hf_mbp.report import StepReport, half_precision_note, padded_rows_note, start_line
+from hf_mbp.report import StepReport, compiled_note, half_precision_note, padded_rows_note, start_line
 from hf_mbp.run_budget import RunBudget
 from hf_mbp.sizing import cost_of
 from hf_mbp.step import MicroBatch, RowFunctions, split_mini_batch, weigh
 
 CHECKED_ROWS = 8
 """Rows of the first step that exactness is checked on, the shortest: enough for uneven micro-batches, and cheap."""
+
+
+COMPILES_EACH_SHAPE = (
+    "The model is compiled with dynamic=False, so that each number of rows and each width that a micro-batch has is "
+    "compiled anew, and after a few of them (torch._dynamo.config.recompile_limit) the model runs uncompiled. Leave "
+    "dynamic at None: a model that is compiled for varying shapes takes them all."
+)
 
 
 class Feed:
@@ -42,6 +49,7 @@ class Feed:
         self._left_over: list[Any] = []
         self._checked: set[Any] = set()
         self._has_told: set[str] = set()
+        self.is_compiled = False
 
     def restart(self) -> None:
         """Forgets what was found out about the model, data and memory; a new run of training finds it out again."""
@@ -50,6 +58,7 @@ class Feed:
         self._left_over = []
         self._checked = set()
         self._traits = LossTraits()
+        self.is_compiled = compat.compiles(self.trainer.accelerator, self.trainer.model)
         self.report.restart()
 
     def whole_step(self, batches: list[Any], num_batches: int) -> list[Any]:
@@ -66,7 +75,8 @@ class Feed:
     def micro_batches(self, batches: list[Any]) -> list[MicroBatch]:
         """The weighed micro-batches of an optimizer step, from what its data loader returned."""
         if all(isinstance(batch, Batch) for batch in batches):
-            return self._weighed(self._split([batch.unpack() for batch in batches]))
+            with compat.eagerly(self.is_compiled):  # or what is tried on the side would use up dynamo's recompilations
+                return self._weighed(self._split([batch.unpack() for batch in batches]))
         micro_batches = [self._ready_made(batch) for batch in batches]
         self.report.add_step(micro_batches, [], 0)
         return self._weighed(micro_batches)
@@ -175,10 +185,18 @@ class Feed:
             num_rows = sum(map(len, batches))
             self._tell(start_line(num_rows, micro_batches, batch_sizes, _describe(budget, max_tokens), checks[0]))
             self._tell(None if self._multiple_of() else padded_rows_note(micro_batches, batch_sizes))
+            self._tell(compiled_note() if self.is_compiled and not self._warn_of_compiled_shapes() else None)
             self._tell(half_precision_note(self._dtypes_summed_in_half(), len(micro_batches)))
         if (note := self.report.slow_collation_note()) and self._is_first("slow collation"):
             self._tell(note)
         return micro_batches
+
+    def _warn_of_compiled_shapes(self) -> bool:
+        """Whether every shape is compiled by itself; warns if so."""
+        is_each = compat.compiles_each_shape(self.trainer.accelerator, self.trainer.model)
+        if is_each:
+            warnings.warn(COMPILES_EACH_SHAPE, stacklevel=2)
+        return is_each
 
     def _dtypes_summed_in_half(self) -> list[str]:
         """Names of the half-precision dtypes in which gradients are summed; sharded models have rules of their own."""
