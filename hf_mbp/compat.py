@@ -178,15 +178,6 @@ def compiles(accelerator: Any, model: torch.nn.Module) -> bool:
     )
 
 
-def compiles_each_shape(accelerator: Any, model: torch.nn.Module) -> bool:
-    """Whether the model is compiled with `dynamic=False`, which torch keeps in a private attribute of its context."""
-    contexts = [getattr(module, "dynamo_ctx", None) for module in model.modules()]
-    chosen = [getattr(context, "_dynamic", None) for context in contexts]
-    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        chosen.append(accelerator.state.dynamo_plugin.dynamic)
-    return any(dynamic is False for dynamic in chosen)
-
-
 def eagerly(compiles: bool) -> AbstractContextManager[Any]:
     """A context in which a compiled model runs as if it were not."""
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
@@ -194,10 +185,11 @@ def eagerly(compiles: bool) -> AbstractContextManager[Any]:
 
 
 def mark_varying(inputs: Any) -> None:
-    """Tells the compiler that rows and width differ from call to call, so that the first shape is not compiled alone.
+    """Tells the compiler that rows and width differ from call to call: one compilation takes all shapes but one row.
 
-    A hint: unlike `mark_dynamic` it allows a model to rely on a size. Widths are those of tokens, masks and labels;
-    the second dimension of images and sounds is fixed.
+    Without it the first shape is compiled alone, and under `dynamic=False` every one, until dynamo gives up. A hint:
+    unlike `mark_dynamic` it allows a model to rely on a size. Widths are those of tokens, masks and labels; the second
+    dimension of images and sounds is fixed.
     """
     from torch._dynamo import maybe_mark_dynamic  # which takes seconds to import, and has no public place yet
 

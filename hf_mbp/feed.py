@@ -28,13 +28,6 @@ CHECKED_ROWS = 8
 """Rows of the first step that exactness is checked on, the shortest: enough for uneven micro-batches, and cheap."""
 
 
-COMPILES_EACH_SHAPE = (
-    "The model is compiled with dynamic=False, so that each number of rows and each width that a micro-batch has is "
-    "compiled anew, and after a few of them (torch._dynamo.config.recompile_limit) the model runs uncompiled. Leave "
-    "dynamic at None: a model that is compiled for varying shapes takes them all."
-)
-
-
 class Feed:
     """What stands between the data loader and the steps of one trainer."""
 
@@ -185,18 +178,11 @@ class Feed:
             num_rows = sum(map(len, batches))
             self._tell(start_line(num_rows, micro_batches, batch_sizes, _describe(budget, max_tokens), checks[0]))
             self._tell(None if self._multiple_of() else padded_rows_note(micro_batches, batch_sizes))
-            self._tell(compiled_note() if self.is_compiled and not self._warn_of_compiled_shapes() else None)
+            self._tell(compiled_note() if self.is_compiled else None)
             self._tell(half_precision_note(self._dtypes_summed_in_half(), len(micro_batches)))
         if (note := self.report.slow_collation_note()) and self._is_first("slow collation"):
             self._tell(note)
         return micro_batches
-
-    def _warn_of_compiled_shapes(self) -> bool:
-        """Whether every shape is compiled by itself; warns if so."""
-        is_each = compat.compiles_each_shape(self.trainer.accelerator, self.trainer.model)
-        if is_each:
-            warnings.warn(COMPILES_EACH_SHAPE, stacklevel=2)
-        return is_each
 
     def _dtypes_summed_in_half(self) -> list[str]:
         """Names of the half-precision dtypes in which gradients are summed; sharded models have rules of their own."""
