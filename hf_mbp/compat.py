@@ -6,12 +6,12 @@ Checked against transformers 5.17 and 5.23, accelerate 1.15. Each function says 
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import DistributedType, DynamoBackend, send_to_device
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 from transformers.trainer_utils import has_length
@@ -38,16 +38,19 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
 
 
 @contextmanager
-def weighted_loss(trainer: Any, weight: float, num_items: float) -> Iterator[None]:
+def weighted_loss(trainer: Any, weight: float, num_items: float, *, varies: bool = False) -> Iterator[None]:
     """Makes the stock `training_step` back-propagate `weight` times the mean loss of its micro-batch.
 
     It calls `self.compute_loss`, whoever overrides it, then may divide by `current_gradient_accumulation_steps`; which
     losses it divides differs between versions and between models, so the weight goes to the loss itself and the
-    divisor is 1. `average_tokens_across_devices` would multiply by the number of processes.
+    divisor is 1. `average_tokens_across_devices` would multiply by the number of processes. `varies` marks the inputs
+    for a compiled model: only here are they on the device already.
     """
     compute_loss, count = trainer.compute_loss, items_argument(trainer, num_items)
 
     def weighted(*args: Any, **kwargs: Any) -> Any:
+        if varies:
+            mark_varying(kwargs["inputs"] if "inputs" in kwargs else args[1])
         result = compute_loss(*args, **{**kwargs, "num_items_in_batch": count})
         return (result[0] * weight, *result[1:]) if isinstance(result, tuple) else result * weight
 
@@ -242,6 +245,38 @@ def reads_a_stream(trainer: Any) -> bool:
 def num_elements(parameter: torch.Tensor) -> int:
     """Elements of a parameter; ZeRO-3 leaves an empty tensor in its place, and keeps the number beside it."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def compiles(accelerator: Any, model: torch.nn.Module) -> bool:
+    """Whether torch.compile runs the model or a part of it, by the user or by Accelerate (`torch_compile=True`).
+
+    `torch.compile(module)` keeps the module in `_orig_mod`; `module.compile()` sets `_compiled_call_impl`.
+    """
+    return accelerator.state.dynamo_plugin.backend != DynamoBackend.NO or any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def eagerly(compiles: bool) -> AbstractContextManager[Any]:
+    """A context in which a compiled model runs as if it were not."""
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
+    return stance
+
+
+def mark_varying(inputs: Any) -> None:
+    """Tells the compiler that rows and width differ from call to call: one compilation takes all shapes but one row.
+
+    Without it the first shape is compiled alone, and under `dynamic=False` every one, until dynamo gives up. A hint:
+    unlike `mark_dynamic` it allows a model to rely on a size. Widths are those of tokens, masks and labels; the second
+    dimension of images and sounds is fixed.
+    """
+    from torch._dynamo import maybe_mark_dynamic  # which takes seconds to import, and has no public place yet
+
+    for value in inputs.values():
+        if isinstance(value, torch.Tensor):
+            for dimension in range(min(value.ndim, 1 if value.is_floating_point() else 2)):
+                maybe_mark_dynamic(value, dimension)
 
 
 def is_sharded(trainer: Any) -> bool:

@@ -19,7 +19,7 @@ from hf_mbp.items import checked_count
 from hf_mbp.plan import Budget, Cost, Ints, as_sizes, round_up, too_long_message
 from hf_mbp.precollated import CollatedRow, CollateInWorkers, cut_out
 from hf_mbp.probe import LossFunction, LossTraits
-from hf_mbp.report import StepReport, half_precision_note, padded_rows_note, start_line
+from hf_mbp.report import StepReport, compiled_note, half_precision_note, padded_rows_note, start_line
 from hf_mbp.run_budget import RunBudget
 from hf_mbp.sizing import cost_of
 from hf_mbp.start_check import StartCheck
@@ -58,6 +58,7 @@ class Feed:
         self._left_over: list[Any] = []
         self._spare: list[Any] = []
         self._has_told: set[str] = set()
+        self.is_compiled = False
 
     def restart(self) -> None:
         """Forgets what was found out about the model, data and memory; a new run of training finds it out again."""
@@ -66,6 +67,7 @@ class Feed:
         self._left_over, self._spare = [], []
         self.check.restart()
         self._traits = LossTraits(self.trainer.accelerator)
+        self.is_compiled = compat.compiles(self.trainer.accelerator, self.trainer.model)
         self.report.restart()
 
     def as_many_as_others(self, batches: list[Any]) -> list[Any]:
@@ -91,7 +93,8 @@ class Feed:
     def micro_batches(self, batches: list[Any]) -> list[MicroBatch]:
         """The weighed micro-batches of an optimizer step, from what its data loader returned."""
         if all(isinstance(batch, Batch) for batch in batches):
-            return self._weighed(self._split([batch.unpack() for batch in batches]))
+            with compat.eagerly(self.is_compiled):  # or what is tried on the side would use up dynamo's recompilations
+                return self._weighed(self._split([batch.unpack() for batch in batches]))
         micro_batches = [self._ready_made(batch) for batch in batches if not isinstance(batch, Batch)]
         self.report.add_step(micro_batches, [], 0)
         return self._weighed(micro_batches)
@@ -205,6 +208,7 @@ class Feed:
             num_rows = sum(map(len, batches))
             self._tell(start_line(num_rows, micro_batches, batch_sizes, _describe(budget, max_tokens), checks[0]))
             self._tell(None if self._multiple_of() else padded_rows_note(micro_batches, batch_sizes))
+            self._tell(compiled_note() if self.is_compiled else None)
             self._tell(half_precision_note(self._dtypes_summed_in_half(), len(micro_batches)))
         if (note := self.report.slow_collation_note()) and self._is_first("slow collation"):
             self._tell(note)

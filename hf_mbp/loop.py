@@ -105,6 +105,7 @@ def run_mini_batch(
         accelerator=accelerator,
         traits=traits,
         accumulates_in_fp32=accumulate_in_fp32,
+        is_compiled=compat.compiles(accelerator, model),
     )
     sizes = loop.sizes(rows, row_length)
     budget, longest = Budget(max_tokens=max_tokens), int(sizes.sum(axis=1).max())
@@ -130,6 +131,7 @@ class _Loop:
     accelerator: Any
     traits: LossTraits
     accumulates_in_fp32: bool
+    is_compiled: bool
 
     @property
     def has_targets(self) -> bool:
@@ -153,12 +155,15 @@ class _Loop:
         return collate.count_cells(inputs, with_targets=self.has_targets)
 
     def on_the_side(self, inputs: Inputs, _: float) -> torch.Tensor:
-        with compat.without_buffer_sync(self.model):
+        with compat.without_buffer_sync(self.model), compat.eagerly(self.is_compiled):
             return self.value(inputs)
 
     def value(self, inputs: Inputs) -> torch.Tensor:
+        on_device = compat.to_device(self.accelerator, inputs)
+        if self.is_compiled:
+            compat.mark_varying(on_device)
         with self.accelerator.autocast():
-            return self.loss(compat.to_device(self.accelerator, inputs))
+            return self.loss(on_device)
 
     def backward(self, micro_batch: MicroBatch) -> torch.Tensor:
         value = self.value(micro_batch.inputs)

@@ -161,6 +161,14 @@ def start_line(num_rows: int, micro_batches: list[MicroBatch], sizes: list[Ints]
     )
 
 
+def compiled_note() -> str:
+    """What compilation makes of micro-batches of changing shapes."""
+    return (
+        "hf_mbp: the model is compiled for any number of rows and any width, and micro-batches are padded no further "
+        "for it; those of a single row compile once more."
+    )
+
+
 def half_precision_note(dtypes: list[str], num_micro_batches: int) -> str | None:
     """What to do about gradients that are summed in half precision, as the weights are; `dtypes` names which."""
     if not dtypes or num_micro_batches < 2:

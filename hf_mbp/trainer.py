@@ -179,7 +179,7 @@ class MBPMixin(_Base):
         def backward(micro_batch: MicroBatch) -> torch.Tensor:
             with (
                 self._call_metrics.call(micro_batch),
-                compat.weighted_loss(self, micro_batch.weight, micro_batch.num_items),
+                compat.weighted_loss(self, micro_batch.weight, micro_batch.num_items, varies=self.mbp_feed.is_compiled),
             ):
                 weighted: torch.Tensor = step(model, dict(micro_batch.inputs), None)
             return weighted
