@@ -1,7 +1,7 @@
 """Explains why splitting is not exact, and what to do: each suspect is tried on the user's own rows."""
 
 from collections.abc import Callable
-from math import isclose, isfinite
+from math import isclose
 
 import torch
 
@@ -25,11 +25,11 @@ def explain(comparison: Comparison, difference: Difference) -> list[str]:
 
 
 def _not_a_number(comparison: Comparison) -> str | None:
-    if isfinite(comparison.value(comparison.whole)):
+    if comparison.is_finite:
         return None
     return (
-        "The loss of these rows is not a finite number, split or not. Look for weights that are not finite, and for "
-        "labels that the loss cannot take."
+        "The loss of these rows, or its gradient, is not a finite number, split or not. Look for weights that are not "
+        "finite, and for labels that the loss cannot take."
     )
 
 

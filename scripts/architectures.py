@@ -154,6 +154,13 @@ def captioned_rows() -> list[Row]:
     return [{**text, "pixel_values": image["pixel_values"]} for text, image in rows]
 
 
+def masked_caption_rows() -> list[Row]:
+    """An image a row and a text with masked tokens."""
+    return [
+        {**text, "pixel_values": image["pixel_values"]} for text, image in zip(masked_rows(), image_rows(), strict=True)
+    ]
+
+
 def seen_rows() -> list[Row]:
     """An image a row, whose four tokens stand before the text."""
     rows = []
@@ -287,6 +294,38 @@ WHISPER = {**BART, "num_mel_bins": 4, "max_source_positions": 10, "max_target_po
 CLIP_TEXT = {**TEXT, "projection_dim": 16}
 
 
+SMALL_BERT = {**TEXT, "embedding_size": 16}
+DISTIL = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "vocab_size": VOCABULARY, **CLASSES}
+XLNET = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "vocab_size": VOCABULARY, **SPECIAL, **CLASSES}
+BLOOM = {**SPECIAL, "hidden_size": 16, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY}
+MAMBA = {**SPECIAL, "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+MIXTRAL = {**DECODER, **EXPERTS, "num_local_experts": 4}
+BALANCED = {**MIXTRAL, "output_router_logits": True, "router_aux_loss_coef": 1.0}
+QWEN2_MOE = {
+    **{**DECODER, **EXPERTS, "num_experts": 4, "num_experts_per_tok": 2},
+    **{"moe_intermediate_size": 8, "shared_expert_intermediate_size": 16},
+}
+SWIN = {
+    **{"image_size": PIXELS, "patch_size": 4, "embed_dim": 8, "window_size": 2},
+    **{"depths": [1, 1], "num_heads": [2, 2], **CLASSES},
+}
+CONVNEXT = {"patch_size": 4, "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, **CLASSES}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", **CLASSES}
+SEGFORMER = {
+    **{"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 16], "mlp_ratios": [2, 2]},
+    **{"patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [1, 2], "decoder_hidden_size": 8, **CLASSES},
+}
+WAV2VEC2 = {**SOUND, **CLASSES, "feat_extract_norm": "layer"}
+GROUP_NORM = {**SOUND, **CLASSES, "feat_extract_norm": "group", "do_stable_layer_norm": False}
+CLIP = {"text_config": CLIP_TEXT, "vision_config": {**IMAGE, "projection_dim": 16}, "projection_dim": 16}
+VILT = {**TEXT, "image_size": PIXELS, "patch_size": PATCH, "max_image_length": -1}
+LLAVA = {
+    "vision_config": transformers.CLIPVisionConfig(**IMAGE, projection_dim=16),
+    "text_config": transformers.LlamaConfig(**{**DECODER, "vocab_size": VOCABULARY + 1}),
+    **{"image_token_id": IMAGE_TOKEN, "image_seq_length": 4},
+}
+
+
 def _text(architecture: str, head: str, model: str, rows: Callable[[], list[Row]], **more: Any) -> Case:
     options = more.pop("options", {**TEXT, **CLASSES})
     config = more.pop("config", model.split("For")[0].removesuffix("LMHeadModel") + "Config")
@@ -320,15 +359,9 @@ CASES = [
         collate=Pad(side="left"),
     ),
     _text("RoBERTa", "sequence classification", "RobertaForSequenceClassification", class_rows),
-    _text(
-        "DistilBERT",
-        "token classification",
-        "DistilBertForTokenClassification",
-        token_class_rows,
-        options={"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "vocab_size": VOCABULARY, **CLASSES},
-    ),
-    _text("ALBERT", "masked LM", "AlbertForMaskedLM", masked_rows, options={**TEXT, "embedding_size": 16}),
-    _text("ALBERT", "pretraining", "AlbertForPreTraining", order_rows, options={**TEXT, "embedding_size": 16}),
+    _text("DistilBERT", "token classification", "DistilBertForTokenClassification", token_class_rows, options=DISTIL),
+    _text("ALBERT", "masked LM", "AlbertForMaskedLM", masked_rows, options=SMALL_BERT),
+    _text("ALBERT", "pretraining", "AlbertForPreTraining", order_rows, options=SMALL_BERT),
     _text("DeBERTa-v2", "sequence classification", "DebertaV2ForSequenceClassification", class_rows),
     _text("MPNet", "multiple choice", "MPNetForMultipleChoice", choice_rows, options=TEXT, collate=pad_choices),
     _text(
@@ -336,18 +369,12 @@ CASES = [
         "pretraining",
         "ElectraForPreTraining",
         replaced_rows,
-        options={**TEXT, "embedding_size": 16},
+        options=SMALL_BERT,
         collate=Pad(fill={"labels": 0}),
     ),
     _text("ModernBERT", "masked LM", "ModernBertForMaskedLM", masked_rows),
     _text("FNet", "sequence classification", "FNetForSequenceClassification", class_rows, collate=without_masks),
-    _text(
-        "Longformer",
-        "token classification",
-        "LongformerForTokenClassification",
-        token_class_rows,
-        options={**TEXT, **CLASSES, "attention_window": 8},
-    ),
+    _text("XLNet", "sequence classification", "XLNetForSequenceClassification", class_rows, options=XLNET),
     _text("GPT-2", "causal LM", "GPT2LMHeadModel", causal_rows, options=GPT2),
     _text(
         "GPT-2",
@@ -372,47 +399,16 @@ CASES = [
     _causal("Gemma 2", "Gemma2ForCausalLM", options={**DECODER, "head_dim": 8}),
     _causal("Phi", "PhiForCausalLM"),
     _causal("OPT", "OPTForCausalLM", options={**TEXT, "ffn_dim": 32, "word_embed_proj_dim": 16}),
-    _causal(
-        "BLOOM",
-        "BloomForCausalLM",
-        options={**SPECIAL, "hidden_size": 16, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY},
-    ),
+    _causal("BLOOM", "BloomForCausalLM", options=BLOOM),
     _causal("GPT-NeoX", "GPTNeoXForCausalLM", options=TEXT),
-    _causal(
-        "Mamba",
-        "MambaForCausalLM",
-        options={**SPECIAL, "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": VOCABULARY},
-    ),
+    _causal("Mamba", "MambaForCausalLM", options=MAMBA),
     _text("BART", "seq2seq LM", "BartForConditionalGeneration", translation_rows, options=BART),
     _text("BART", "sequence classification", "BartForSequenceClassification", class_rows, options={**BART, **CLASSES}),
     _text("Pegasus", "seq2seq LM", "PegasusForConditionalGeneration", translation_rows, options=BART),
     _text("T5", "seq2seq LM", "T5ForConditionalGeneration", translation_rows, options=T5),
-    _causal("Mixtral", "MixtralForCausalLM", options={**DECODER, **EXPERTS, "num_local_experts": 4}),
-    _text(
-        "Mixtral",
-        "causal LM, output_router_logits",
-        "MixtralForCausalLM",
-        causal_rows,
-        options={
-            **DECODER,
-            **EXPERTS,
-            "num_local_experts": 4,
-            "output_router_logits": True,
-            "router_aux_loss_coef": 1.0,
-        },
-    ),
-    _causal(
-        "Qwen2-MoE",
-        "Qwen2MoeForCausalLM",
-        options={
-            **DECODER,
-            **EXPERTS,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 8,
-            "shared_expert_intermediate_size": 16,
-        },
-    ),
+    _causal("Mixtral", "MixtralForCausalLM", options=MIXTRAL),
+    _text("Mixtral", "causal LM, output_router_logits", "MixtralForCausalLM", causal_rows, options=BALANCED),
+    _causal("Qwen2-MoE", "Qwen2MoeForCausalLM", options=QWEN2_MOE),
     _text(
         "Switch Transformers",
         "seq2seq LM",
@@ -444,55 +440,17 @@ CASES = [
         options={**IMAGE, **CLASSES},
         max_tokens=5,
     ),
+    _text("Swin", "image classification", "SwinForImageClassification", image_rows, options=SWIN, max_tokens=5),
     _text(
-        "Swin",
-        "image classification",
-        "SwinForImageClassification",
-        image_rows,
-        options={
-            "image_size": PIXELS,
-            "patch_size": 4,
-            "embed_dim": 8,
-            "depths": [1, 1],
-            "num_heads": [2, 2],
-            "window_size": 2,
-            **CLASSES,
-        },
-        max_tokens=5,
+        "ConvNeXt", "image classification", "ConvNextForImageClassification", image_rows, options=CONVNEXT, max_tokens=5
     ),
-    _text(
-        "ConvNeXt",
-        "image classification",
-        "ConvNextForImageClassification",
-        image_rows,
-        options={"patch_size": 4, "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, **CLASSES},
-        max_tokens=5,
-    ),
-    _text(
-        "ResNet",
-        "image classification",
-        "ResNetForImageClassification",
-        image_rows,
-        options={"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", **CLASSES},
-        max_tokens=5,
-    ),
+    _text("ResNet", "image classification", "ResNetForImageClassification", image_rows, options=RESNET, max_tokens=5),
     _text(
         "SegFormer",
         "semantic segmentation",
         "SegformerForSemanticSegmentation",
         segment_rows,
-        options={
-            "num_encoder_blocks": 2,
-            "depths": [1, 1],
-            "sr_ratios": [2, 1],
-            "hidden_sizes": [8, 16],
-            "patch_sizes": [3, 3],
-            "strides": [2, 2],
-            "num_attention_heads": [1, 2],
-            "mlp_ratios": [2, 2],
-            "decoder_hidden_size": 8,
-            **CLASSES,
-        },
+        options=SEGFORMER,
         max_tokens=5,
     ),
     _text(
@@ -500,7 +458,7 @@ CASES = [
         "audio classification",
         "Wav2Vec2ForSequenceClassification",
         wave_rows,
-        options={**SOUND, **CLASSES, "feat_extract_norm": "layer"},
+        options=WAV2VEC2,
         collate=pad_waves,
         max_tokens=640,
     ),
@@ -509,7 +467,7 @@ CASES = [
         "audio classification, group norm",
         "Wav2Vec2ForSequenceClassification",
         wave_rows,
-        options={**SOUND, **CLASSES, "feat_extract_norm": "group", "do_stable_layer_norm": False},
+        options=GROUP_NORM,
         collate=pad_waves,
         max_tokens=640,
     ),
@@ -527,7 +485,7 @@ CASES = [
         "audio classification",
         "HubertForSequenceClassification",
         wave_rows,
-        options={**SOUND, **CLASSES, "feat_extract_norm": "layer"},
+        options=WAV2VEC2,
         collate=pad_waves,
         max_tokens=640,
     ),
@@ -538,21 +496,10 @@ CASES = [
         "CLIPModel",
         captioned_rows,
         config="CLIPConfig",
-        options={"text_config": CLIP_TEXT, "vision_config": {**IMAGE, "projection_dim": 16}, "projection_dim": 16},
+        options=CLIP,
         collate=Pad(return_loss=True),
     ),
-    _text(
-        "LLaVA",
-        "causal LM with images",
-        "LlavaForConditionalGeneration",
-        seen_rows,
-        options={
-            "vision_config": transformers.CLIPVisionConfig(**IMAGE, projection_dim=16),
-            "text_config": transformers.LlamaConfig(**{**DECODER, "vocab_size": VOCABULARY + 1}),
-            "image_token_id": IMAGE_TOKEN,
-            "image_seq_length": 4,
-        },
-    ),
+    _text("LLaVA", "causal LM with images", "LlavaForConditionalGeneration", seen_rows, options=LLAVA),
     _text(
         "ViLT",
         "masked LM with images",
@@ -561,6 +508,6 @@ CASES = [
             {**row, "pixel_values": image["pixel_values"]}
             for row, image in zip(masked_rows(), image_rows(), strict=True)
         ],
-        options={**TEXT, "image_size": PIXELS, "patch_size": PATCH, "max_image_length": -1},
+        options=VILT,
     ),
 ]
