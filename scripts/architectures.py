@@ -374,7 +374,14 @@ CASES = [
     ),
     _text("ModernBERT", "masked LM", "ModernBertForMaskedLM", masked_rows),
     _text("FNet", "sequence classification", "FNetForSequenceClassification", class_rows, collate=without_masks),
-    _text("XLNet", "sequence classification", "XLNetForSequenceClassification", class_rows, options=XLNET),
+    _text(
+        "XLNet",
+        "sequence classification",
+        "XLNetForSequenceClassification",
+        class_rows,
+        options=XLNET,
+        collate=Pad(side="left"),
+    ),
     _text("GPT-2", "causal LM", "GPT2LMHeadModel", causal_rows, options=GPT2),
     _text(
         "GPT-2",
