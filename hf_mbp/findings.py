@@ -20,7 +20,9 @@ def explain(comparison: Comparison, difference: Difference) -> list[str]:
     """What makes splitting inexact, and what to do."""
     if finding := _not_a_number(comparison) or _random(comparison) or _batch_norm(comparison):
         return [finding]  # the others would only be misled, or run single rows
-    suspects: list[Callable[[Comparison], str | None]] = [_changing_state, _router_loss, _padding_width, _reduction]
+    suspects: list[Callable[[Comparison], str | None]] = [_changing_state, _router_loss, _padding_width]
+    if not _router_loss(comparison):  # with which no count could explain the loss
+        suspects.append(_reduction)
     return [finding for suspect in suspects if (finding := suspect(comparison))] or [_unexplained(difference)]
 
 
