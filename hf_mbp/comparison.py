@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -188,6 +189,11 @@ class Comparison:
             raise NothingToCompareError("the rows that would be compared have no gradient.")
         self.split_loss, split = self.backward(self.parts)
         return self.difference(self.whole_gradients, split)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient of the whole are numbers."""
+        return isfinite(self.whole_loss) and all(isfinite(_norm(gradient)) for gradient in self.whole_gradients)
 
     def passes(self, difference: Difference) -> bool:
         """Whether a difference is rounding."""

@@ -141,7 +141,7 @@ def _outcome(comparison: Comparison, *, is_training_mode: bool) -> EquivalenceRe
     """What a comparison shows; `None` if random parts of training mode keep it from showing anything."""
     difference = comparison.measure()
     is_exact = comparison.passes(difference)
-    if is_training_mode and not is_exact and comparison.varies_at_random():
+    if is_training_mode and not is_exact and comparison.is_finite and comparison.varies_at_random():
         return None
     return EquivalenceReport(
         max_relative_error=difference.error,

@@ -1,7 +1,7 @@
 """Explains why splitting is not exact, and what to do: each suspect is tried on the user's own rows."""
 
 from collections.abc import Callable
-from math import isclose, isfinite
+from math import isclose
 
 import torch
 
@@ -20,16 +20,18 @@ def explain(comparison: Comparison, difference: Difference) -> list[str]:
     """What makes splitting inexact, and what to do."""
     if finding := _not_a_number(comparison) or _random(comparison) or _batch_norm(comparison):
         return [finding]  # the others would only be misled, or run single rows
-    suspects: list[Callable[[Comparison], str | None]] = [_changing_state, _router_loss, _padding_width, _reduction]
+    suspects: list[Callable[[Comparison], str | None]] = [_changing_state, _router_loss, _padding_width]
+    if not _router_loss(comparison):  # with which no count could explain the loss
+        suspects.append(_reduction)
     return [finding for suspect in suspects if (finding := suspect(comparison))] or [_unexplained(difference)]
 
 
 def _not_a_number(comparison: Comparison) -> str | None:
-    if isfinite(comparison.value(comparison.whole)):
+    if comparison.is_finite:
         return None
     return (
-        "The loss of these rows is not a finite number, split or not. Look for weights that are not finite, and for "
-        "labels that the loss cannot take."
+        "The loss of these rows, or its gradient, is not a finite number, split or not. Look for weights that are not "
+        "finite, and for labels that the loss cannot take."
     )
 
 

@@ -283,6 +283,12 @@ def test_the_report_names_the_worst_parameter(tmp_path: Path) -> None:
     assert f"of the gradient of        {report.worst_parameter}" in str(report)
 
 
+def test_the_page_shows_a_report_as_it_is(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "exactness.md").read_text()
+    report = check_equivalence(mbp_trainer(classifier(), classes(), tmp_path, trainer_class=ClassWeighted))
+    assert str(report) in page
+
+
 def test_the_right_count_mends_class_weights(tmp_path: Path) -> None:
     report = check_equivalence(mbp_trainer(classifier(), classes(), tmp_path, trainer_class=ClassWeightedCounted))
     assert report.is_exact

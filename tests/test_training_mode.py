@@ -1,6 +1,7 @@
 """Dropout is taken out of training mode, wherever it hides; what else is random is left out and said."""
 
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
 
 from hf_mbp import check_equivalence
 from hf_mbp.training_mode import training_mode_without_dropout
+from hf_mbp.undisturbed import undisturbed
 from tests.helpers import VOCABULARY, bert_config, build, gpt2_config, mbp_trainer, token_rows, with_labels
 
 DROPOUT = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
@@ -117,6 +119,18 @@ def test_dropout_is_back_afterwards() -> None:
         assert model.training
         assert functional.dropout(torch.ones(9), 0.5).tolist() == [1.0] * 9
     assert 0 < int((functional.dropout(torch.ones(999), 0.5) == 0).sum()) < 999
+
+
+def test_modules_do_not_drop_in_other_threads_either() -> None:
+    """As those in which a GPU computes checkpointed activations again, and which know nothing of the function mode."""
+    model, outputs = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.AlphaDropout(0.5)), []
+    with undisturbed([model]):
+        with training_mode_without_dropout(model, []):
+            thread = Thread(target=lambda: outputs.append(model(torch.ones(9))))
+            thread.start()
+            thread.join()
+        assert outputs[0].tolist() == [1.0] * 9
+    assert [module.p for module in model] == [0.5, 0.5]
 
 
 class Masks(BertForSequenceClassification):
