@@ -1,22 +1,19 @@
-"""The only place that touches private or version-dependent names of transformers and Accelerate.
+"""The only place, with `wrapped.py`, that touches private or version-dependent names of transformers and Accelerate.
 
-Checked against transformers 5.17 and 5.23, accelerate 1.15. Each function says what it relies on.
+Checked against transformers 5.17 and 5.24, accelerate 1.15. Each function says what it relies on.
 """
 
-import inspect
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, DynamoBackend, send_to_device
-from torch.distributed.fsdp import FSDPModule
+from accelerate.utils import DistributedType, send_to_device
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from hf_mbp import other_trainers
+from hf_mbp import wrapped
 
 ABSENT = object()
 
@@ -50,7 +47,7 @@ def weighted_loss(trainer: Any, weight: float, num_items: float, *, varies: bool
 
     def weighted(*args: Any, **kwargs: Any) -> Any:
         if varies:
-            mark_varying(kwargs["inputs"] if "inputs" in kwargs else args[1])
+            wrapped.mark_varying(kwargs["inputs"] if "inputs" in kwargs else args[1])
         result = compute_loss(*args, **{**kwargs, "num_items_in_batch": count})
         return (result[0] * weight, *result[1:]) if isinstance(result, tuple) else result * weight
 
@@ -113,40 +110,6 @@ def unrounded_float32() -> Iterator[None]:
         backends.cudnn.allow_tf32 = allowed_tf32
         for owner, precision in before:
             owner.fp32_precision = precision
-
-
-def needs_half_precision(modules: list[torch.nn.Module]) -> str | None:
-    """What in the models runs in half precision only, or has no weights that could be copied; `None` if nothing.
-
-    Flash attention is known by `config._attn_implementation`, quantized weights by their integers or 8-bit floats.
-    """
-    every = [module for held in modules for module in held.modules()]
-    names = {str(getattr(getattr(module, "config", None), "_attn_implementation", None)) for module in every}
-    if any("flash" in name for name in names):
-        return "flash attention takes nothing else"
-    weights = [weight for module in every for weight in module.parameters(recurse=False)]
-    if any(weight.is_quantized or weight.element_size() == 1 for weight in weights):
-        return "the weights are quantized"
-    return None
-
-
-def holds_shards(modules: list[torch.nn.Module]) -> bool:
-    """Whether parameters stand for parts of themselves: those of FSDP and of ZeRO-3 may not be put aside.
-
-    FSDP 1 marks its modules for the compiler, ZeRO-3 its parameters; those of FSDP 2 are `DTensor`s.
-    """
-    every = [module for held in modules for module in held.modules()]
-    weights = [weight for module in every for weight in module.parameters(recurse=False)]
-    return any(hasattr(module, "_is_fsdp_managed_module") for module in every) or any(
-        hasattr(weight, "ds_id") or hasattr(weight, "device_mesh") for weight in weights
-    )
-
-
-def reshard(modules: list[torch.nn.Module]) -> None:
-    """Puts aside the whole parameters that FSDP2 keeps after a forward pass, in the hope of a backward pass."""
-    for module in modules:
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 @contextmanager
@@ -242,104 +205,6 @@ def reads_a_stream(trainer: Any) -> bool:
     return not has_length(trainer.callback_handler.train_dataloader)
 
 
-def num_elements(parameter: torch.Tensor) -> int:
-    """Elements of a parameter; ZeRO-3 leaves an empty tensor in its place, and keeps the number beside it."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def compiles(accelerator: Any, model: torch.nn.Module) -> bool:
-    """Whether torch.compile runs the model or a part of it, by the user or by Accelerate (`torch_compile=True`).
-
-    `torch.compile(module)` keeps the module in `_orig_mod`; `module.compile()` sets `_compiled_call_impl`.
-    """
-    return accelerator.state.dynamo_plugin.backend != DynamoBackend.NO or any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
-
-
-def eagerly(compiles: bool) -> AbstractContextManager[Any]:
-    """A context in which a compiled model runs as if it were not."""
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
-    return stance
-
-
-def mark_varying(inputs: Any) -> None:
-    """Tells the compiler that rows and width differ from call to call: one compilation takes all shapes but one row.
-
-    Without it the first shape is compiled alone, and under `dynamic=False` every one, until dynamo gives up. A hint:
-    unlike `mark_dynamic` it allows a model to rely on a size. Widths are those of tokens, masks and labels; the second
-    dimension of images and sounds is fixed.
-    """
-    from torch._dynamo import maybe_mark_dynamic  # which takes seconds to import, and has no public place yet
-
-    for value in inputs.values():
-        if isinstance(value, torch.Tensor):
-            for dimension in range(min(value.ndim, 1 if value.is_floating_point() else 2)):
-                maybe_mark_dynamic(value, dimension)
-
-
-def is_sharded(trainer: Any) -> bool:
-    """Whether a forward pass of the model is a collective, so that it cannot be tried on one rank alone."""
-    return bool(
-        trainer.is_fsdp_enabled
-        or trainer.is_deepspeed_enabled
-        or getattr(trainer, "is_distributed_loading_by_transformers", False)
-    )
-
-
-def is_fsdp2(trainer: Any) -> bool:
-    """Whether the model is sharded by FSDP2, under which every rank has its part of every gradient at hand."""
-    return bool(trainer.is_fsdp_enabled) and isinstance(trainer.model, FSDPModule)
-
-
-def shards(accelerator: Any) -> bool:
-    """Whether Accelerate runs FSDP or DeepSpeed."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-
-def refuse_float32_sums(*, is_sharded: bool) -> None:
-    """Raises `ValueError` if gradients are sharded: what a backward pass leaves in `.grad` is then not all there is."""
-    if is_sharded:
-        raise ValueError(
-            "accumulate_in_fp32=True is for weights in half precision that are whole on each rank; FSDP and DeepSpeed "
-            "keep their gradients elsewhere, and have options of their own. Leave it out. Under FSDP load the model "
-            "with dtype='float32' and give the FSDP plugin a mixed_precision_policy with reduce_dtype=torch.float32; "
-            "under DeepSpeed write 'data_types': {'grad_accum_dtype': 'fp32'} into its configuration."
-        )
-
-
-def refuse_unsupported(trainer: Any) -> None:
-    """Raises `ValueError` for what is not supported, with the reason and the remedy."""
-    if trainer.mbp_config.accumulate_in_fp32:
-        refuse_float32_sums(is_sharded=is_sharded(trainer))
-    args, parallelism = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    refusals = {
-        f"{args.n_gpu} GPUs in one process": (
-            args.n_gpu > 1,
-            "torch.nn.DataParallel would split every micro-batch again. Start with `accelerate launch` or `torchrun`, "
-            "or show one GPU with CUDA_VISIBLE_DEVICES=0.",
-        ),
-        "context, sequence or tensor parallelism": (
-            parallelism is not None and max(parallelism.cp_size, parallelism.sp_size, parallelism.tp_size) > 1,
-            "ranks that share a batch would have to share its plan. Use data parallelism (DDP).",
-        ),
-        f"optim={optimizer!r}": (
-            "lomo" in optimizer or "layerwise" in optimizer,
-            "it updates the weights during the backward pass, before the gradient of the mini-batch is complete. "
-            "Choose another optim, such as 'adamw_torch'.",
-        ),
-        "TPU/XLA": (
-            trainer.accelerator.distributed_type == DistributedType.XLA,
-            "micro-batches of changing shapes would be compiled anew each time. Use a GPU or a CPU.",
-        ),
-    }
-    present = [(what, why) for what, (is_present, why) in refusals.items() if is_present]
-    for what, why in (*present, *other_trainers.refusals(trainer)):
-        raise ValueError(f"Micro-batching does not support {what}: {why}")
-
-
 def own_store(name: str) -> Any:
     """A connection of its own to the store that the ranks met at, with keys under a name; `None` where there is none.
 
@@ -361,25 +226,6 @@ def is_lost_connection(error: BaseException) -> bool:
     )
 
 
-def accepts(model: torch.nn.Module, argument: str) -> bool:
-    """Whether the forward pass of the model, also compiled or under PEFT, may have an argument of that name."""
-    base: Any = getattr(model, "_orig_mod", model)
-    if hasattr(base, "get_base_model"):
-        base = base.get_base_model()
-    parameters = inspect.signature(base.forward).parameters
-    return argument in parameters or any(kind.kind == kind.VAR_KEYWORD for kind in parameters.values())
-
-
-def warn_of_smaller_batch(before: int | None, batch_size: int | None) -> None:
-    """Warns if `auto_find_batch_size` starts again with a smaller mini-batch than `before`."""
-    if before is not None and batch_size is not None and batch_size < before:
-        warnings.warn(
-            f"Out of memory: auto_find_batch_size starts again with {batch_size} rows instead of {before}, which "
-            "changes the optimisation. Turn it off, and set memory_limit or max_tokens_per_micro_batch lower instead.",
-            stacklevel=3,
-        )
-
-
 def forget_evaluation(trainer: Any) -> None:
     """Lets training wrap a model that was evaluated before it in `DistributedDataParallel`.
 
@@ -392,10 +238,3 @@ def forget_evaluation(trainer: Any) -> None:
     if is_replicated and not is_wrapped and vars(model).pop("_is_accelerate_prepared", False):
         trainer.model_wrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         accelerator._models.clear()
-
-
-def require_rows(trainer: Any) -> None:
-    """Raises `ValueError` if the training data is empty."""
-    dataset = trainer.train_dataset
-    if dataset is not None and has_length(dataset) and len(dataset) == 0:
-        raise ValueError("train_dataset is empty: there is nothing to train on. Check the file and its filters.")

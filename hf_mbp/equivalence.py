@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from hf_mbp import compat, full_precision
+from hf_mbp import full_precision, wrapped
 from hf_mbp.comparison import Comparison, Difference, NothingToCompareError
 from hf_mbp.distributed import Ranks
 from hf_mbp.findings import explain
@@ -101,7 +101,7 @@ def check_equivalence(trainer: Any, num_rows: int = 8) -> EquivalenceReport:
     Example:
         `print(check_equivalence(trainer))` before `trainer.train()`.
     """
-    if compat.is_sharded(trainer):
+    if wrapped.is_sharded(trainer):
         raise ValueError(
             "check_equivalence needs the whole model on each rank, and FSDP and DeepSpeed shard it. Run the check "
             "once in one process without them. (Under FSDP2, train() runs it when it starts.)"

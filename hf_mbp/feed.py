@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_mbp import collate, compat, loaders, memory, other_trainers, probe
+from hf_mbp import collate, compat, loaders, memory, other_trainers, probe, wrapped
 from hf_mbp.accumulation import half_precision
 from hf_mbp.collate import Batch, Inputs, KeepRows, Rows
 from hf_mbp.distributed import Ranks
@@ -67,7 +67,7 @@ class Feed:
         self._left_over, self._spare = [], []
         self.check.restart()
         self._traits = LossTraits(self.trainer.accelerator)
-        self.is_compiled = compat.compiles(self.trainer.accelerator, self.trainer.model)
+        self.is_compiled = wrapped.compiles(self.trainer.accelerator, self.trainer.model)
         self.report.restart()
 
     def as_many_as_others(self, batches: list[Any]) -> list[Any]:
@@ -93,7 +93,7 @@ class Feed:
     def micro_batches(self, batches: list[Any]) -> list[MicroBatch]:
         """The weighed micro-batches of an optimizer step, from what its data loader returned."""
         if all(isinstance(batch, Batch) for batch in batches):
-            with compat.eagerly(self.is_compiled):  # or what is tried on the side would use up dynamo's recompilations
+            with wrapped.eagerly(self.is_compiled):  # or what is tried on the side would use up dynamo's recompilations
                 return self._weighed(self._split([batch.unpack() for batch in batches]))
         micro_batches = [self._ready_made(batch) for batch in batches if not isinstance(batch, Batch)]
         self.report.add_step(micro_batches, [], 0)
@@ -197,7 +197,7 @@ class Feed:
         budget = self.budget.settle(largest.rows, largest.sizes)
         max_tokens = self._warn_of_long_rows(budget, _longest(largest.sizes))
         is_first_step, cost = self._cost is None, self._cost_of_model()
-        if is_first_step and compat.is_sharded(self.trainer):
+        if is_first_step and wrapped.is_sharded(self.trainer):
             self._find_out_together(pools[0].rows)
         checks = [self.check.run(pool.rows, pool.sizes, budget) for pool in pools if self.check.is_due(pool.rows[0])]
         with collate.seeded(self.trainer.args.seed, self.trainer.state.global_step, self.trainer.args.process_index):
@@ -254,7 +254,7 @@ class Feed:
 
     def _dtypes_summed_in_half(self) -> list[str]:
         """Names of the half-precision dtypes in which gradients are summed; sharded models have rules of their own."""
-        if self.trainer.mbp_config.accumulate_in_fp32 or compat.is_sharded(self.trainer):
+        if self.trainer.mbp_config.accumulate_in_fp32 or wrapped.is_sharded(self.trainer):
             return []
         half = half_precision(p for p in self.trainer.model.parameters() if p.requires_grad)
         return sorted({str(parameter.dtype).removeprefix("torch.") for parameter in half})

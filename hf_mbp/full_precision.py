@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hf_mbp import compat, memory
+from hf_mbp import compat, memory, wrapped
 from hf_mbp.collate import Inputs
 from hf_mbp.undisturbed import HALF, StandIns, undisturbed
 
@@ -22,7 +22,7 @@ COPIES = 3
 def computes_in_half(accelerator: Any, modules: list[torch.nn.Module]) -> bool:
     """Whether anything of these models is computed in half precision, or in less."""
     has_half_weights = any(parameter.dtype in HALF for module in modules for parameter in module.parameters())
-    is_half_only = compat.needs_half_precision(modules) is not None
+    is_half_only = wrapped.needs_half_precision(modules) is not None
     return accelerator.mixed_precision != "no" or has_half_weights or is_half_only
 
 
@@ -30,9 +30,9 @@ def obstacle(accelerator: Any, modules: list[torch.nn.Module]) -> str | None:
     """Why models that compute in half precision cannot do so in float32; `None` if they can."""
     if accelerator.mixed_precision == "fp8":
         return "layers are replaced by those of fp8"
-    if compat.holds_shards(modules):
+    if wrapped.holds_shards(modules):
         return "the model is sharded"
-    return compat.needs_half_precision(modules) or _lack_of_memory(modules)
+    return wrapped.needs_half_precision(modules) or _lack_of_memory(modules)
 
 
 def _lack_of_memory(modules: list[torch.nn.Module]) -> str | None:

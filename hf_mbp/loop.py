@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from hf_mbp import collate, compat
+from hf_mbp import collate, compat, refusals, wrapped
 from hf_mbp.accumulation import Float32Sums, half_precision
 from hf_mbp.collate import Collator, Inputs
 from hf_mbp.distributed import Ranks
@@ -92,7 +92,7 @@ def run_mini_batch(
     """
     _refuse(rows, accelerator, max_tokens)
     if accumulate_in_fp32:
-        compat.refuse_float32_sums(is_sharded=compat.shards(accelerator))
+        refusals.refuse_float32_sums(is_sharded=wrapped.shards(accelerator))
     base = accelerator.unwrap_model(model)
     traits = LossTraits(accelerator, shifts_labels)
     if shifts_labels is None:
@@ -105,7 +105,7 @@ def run_mini_batch(
         accelerator=accelerator,
         traits=traits,
         accumulates_in_fp32=accumulate_in_fp32,
-        is_compiled=compat.compiles(accelerator, model),
+        is_compiled=wrapped.compiles(accelerator, model),
     )
     sizes = loop.sizes(rows, row_length)
     budget, longest = Budget(max_tokens=max_tokens), int(sizes.sum(axis=1).max())
@@ -155,13 +155,13 @@ class _Loop:
         return collate.count_cells(inputs, with_targets=self.has_targets)
 
     def on_the_side(self, inputs: Inputs, _: float) -> torch.Tensor:
-        with compat.without_buffer_sync(self.model), compat.eagerly(self.is_compiled):
+        with compat.without_buffer_sync(self.model), wrapped.eagerly(self.is_compiled):
             return self.value(inputs)
 
     def value(self, inputs: Inputs) -> torch.Tensor:
         on_device = compat.to_device(self.accelerator, inputs)
         if self.is_compiled:
-            compat.mark_varying(on_device)
+            wrapped.mark_varying(on_device)
         with self.accelerator.autocast():
             return self.loss(on_device)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hf_mbp import compat
+from hf_mbp import compat, wrapped
 from hf_mbp.collate import Inputs, has_entry_for_each_row
 from hf_mbp.full_precision import in_float32, on_the_side
 from hf_mbp.items import changed_first_labels, count_items, has_token_labels, shift_probes
@@ -81,7 +81,7 @@ class LossTraits:
     def _counts_from_zero(self, loss: LossFunction, modules: list[torch.nn.Module], inputs: Inputs) -> bool:
         """Whether the model places an unpadded row at the positions 0, 1, ...; some start later, or number images."""
         if self._from_zero is None:
-            accepts = compat.accepts(modules[0], "position_ids")
+            accepts = wrapped.accepts(modules[0], "position_ids")
             self._from_zero = accepts and self._places_from_zero(loss, modules, inputs)
         return self._from_zero
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_mbp import compat, memory
+from hf_mbp import memory, wrapped
 from hf_mbp.collate import num_rows_of
 from hf_mbp.padding import can_be_cut, cut_columns, with_padding
 from hf_mbp.plan import Budget, Cost, Ints
@@ -50,7 +50,7 @@ def cost_of(model: torch.nn.Module, device: torch.device) -> Cost:
     speed = DEVICE_CLASSES.get(device.type, DEVICE_CLASSES["cuda"])
     layers, hidden = _shape(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradient_bytes = 3 * sum(compat.num_elements(parameter) * parameter.element_size() for parameter in trainable)
+    gradient_bytes = 3 * sum(wrapped.num_elements(parameter) * parameter.element_size() for parameter in trainable)
     cell = 6.0 * max(1, _multiplied_weights(model))
     seconds = OPERATORS_PER_LAYER * max(1, layers) / speed.launches + gradient_bytes / speed.bytes
     return Cost(overhead=seconds * speed.flops / cell, cell=1.0, attention=12.0 * layers * hidden / cell)
@@ -67,10 +67,10 @@ def _shape(model: torch.nn.Module) -> tuple[int, int]:
 def _multiplied_weights(model: torch.nn.Module) -> int:
     """Weights each token is multiplied with: all but those of embeddings, which are looked up."""
     embeddings = {id(m.weight): m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    looked_up = sum(compat.num_elements(weight) for weight in embeddings.values())
+    looked_up = sum(wrapped.num_elements(weight) for weight in embeddings.values())
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    tied = compat.num_elements(head.weight) if head is not None and id(head.weight) in embeddings else 0
-    return sum(compat.num_elements(parameter) for parameter in model.parameters()) - looked_up + tied
+    tied = wrapped.num_elements(head.weight) if head is not None and id(head.weight) in embeddings else 0
+    return sum(wrapped.num_elements(parameter) for parameter in model.parameters()) - looked_up + tied
 
 
 def measure_budget(trainer: Any, rows: list[Any], sizes: Ints) -> Budget:
@@ -82,7 +82,7 @@ def measure_budget(trainer: Any, rows: list[Any], sizes: Ints) -> Budget:
     Raises:
         ValueError: the model is sharded, or no memory is left.
     """
-    if compat.is_sharded(trainer):
+    if wrapped.is_sharded(trainer):
         raise ValueError(
             "The budget cannot be sized from memory under FSDP and DeepSpeed yet: set max_tokens_per_micro_batch, for "
             "example to the tokens of the largest batch that fits without micro-batches."

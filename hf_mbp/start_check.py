@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_mbp import compat, equivalence, other_trainers
+from hf_mbp import equivalence, other_trainers, wrapped
 from hf_mbp.comparison import NothingToCompareError
 from hf_mbp.distributed import Ranks
 from hf_mbp.plan import Budget, Ints
@@ -39,10 +39,10 @@ class StartCheck:
         """Runs it on short ones of `rows`, which have `sizes` `[rows, parts]`; says how it went."""
         if not self._trainer.mbp_config.check_at_start:
             return "Exactness was not checked (check_at_start=False)."
-        if compat.is_sharded(self._trainer) and not compat.is_fsdp2(self._trainer):
+        if wrapped.is_sharded(self._trainer) and not wrapped.is_fsdp2(self._trainer):
             return (
-                "Exactness was not checked, which needs FSDP2 or a whole model on each rank. Run scripts/check.py, or "
-                "check_equivalence(trainer), once in one process."
+                "Exactness was not checked: a model that DeepSpeed runs, or that was sharded when it was loaded, cannot "
+                "be tried. Run scripts/check.py, or check_equivalence(trainer), once in one process."
             )
         report, outcome = None, ""
         try:
@@ -55,7 +55,7 @@ class StartCheck:
         return outcome if report is None else _told(report, is_exact)
 
     def _compare(self, rows: list[Any], sizes: Ints, budget: Budget) -> equivalence.EquivalenceReport:
-        together = self._ranks if compat.is_fsdp2(self._trainer) else None
+        together = self._ranks if wrapped.is_fsdp2(self._trainer) else None
         num_rows, fitting = _fitting(sizes, budget)
         if num_rows == 0:
             if together:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Seq2SeqTrainer, Trainer
 
-from hf_mbp import collate, compat, items, loaders, memory, other_trainers, probe
+from hf_mbp import collate, compat, items, loaders, memory, other_trainers, probe, refusals
 from hf_mbp.accumulation import Float32Sums, half_precision
 from hf_mbp.call_metrics import CallMetrics
 from hf_mbp.collate import Inputs
@@ -88,7 +88,7 @@ class MBPMixin(_Base):
             raise TypeError(f"mbp_config must be an MBPConfig, got {type(mbp_config).__name__}.")
         self.mbp_config = mbp_config or MBPConfig()
         super().__init__(*args, **kwargs)
-        compat.refuse_unsupported(self)
+        refusals.refuse_unsupported(self)
         self._ranks = Ranks(self.accelerator)
         self._report = StepReport()
         self._sums = Float32Sums()
@@ -127,7 +127,7 @@ class MBPMixin(_Base):
             ValueError: there is nothing to train on, or nothing fits the memory limit.
         """
         with watched_ranks(self._ranks.count, self.mbp_config.rank_timeout):
-            compat.require_rows(self)
+            refusals.require_rows(self)
             compat.forget_evaluation(self)
             self._batch_size_before: int | None = None
             output = super().train(*args, **kwargs)
@@ -136,7 +136,7 @@ class MBPMixin(_Base):
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """One run of the loop; `auto_find_batch_size` runs it again, with fewer rows, after running out of memory."""
-        compat.warn_of_smaller_batch(self._batch_size_before, batch_size)
+        refusals.warn_of_smaller_batch(self._batch_size_before, batch_size)
         self._batch_size_before = batch_size
         self.mbp_feed.restart()
         self._sums.restart()

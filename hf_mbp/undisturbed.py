@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_mbp import compat, memory
+from hf_mbp import compat, memory, wrapped
 from hf_mbp.collate import seeded
 
 HALF = (torch.float16, torch.bfloat16)
@@ -46,8 +46,8 @@ class StandIns:
     def __init__(self, modules: list[nn.Module], half_as: torch.dtype | None = None) -> None:
         self.modules = list(dict.fromkeys(module for held in modules for module in held.modules()))
         self._half_as = half_as
-        self._is_sharded = compat.holds_shards(self.modules)
-        compat.reshard(self.modules)
+        self._is_sharded = wrapped.holds_shards(self.modules)
+        wrapped.reshard(self.modules)
         self._parameters = [(m, name, p) for m in self.modules for name, p in m._parameters.items() if p is not None]
         self._buffers = [(m, name, b) for m in self.modules for name, b in m._buffers.items() if b is not None]
         self._gradients = [(parameter, parameter.grad) for _, _, parameter in self._parameters]
@@ -136,7 +136,7 @@ class StandIns:
             attributes.put_back(with_generators=True)
 
     def _register(self, registered: Registered) -> None:
-        compat.reshard(self.modules)
+        wrapped.reshard(self.modules)
         for module, parameters, buffers in registered:
             if parameters is not None:
                 _register_parameters(module, parameters)

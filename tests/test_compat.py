@@ -1,7 +1,6 @@
 """What is done to Accelerate and the Trainer for a while, and taken back."""
 
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,19 +52,3 @@ def test_gradients_stay_on_the_rank_unless_asked_otherwise(
         assert accelerator.gradient_state.sync_gradients is not defers
     assert not accelerator.is_deferring
     assert accelerator.gradient_state.sync_gradients
-
-
-def test_elements_of_a_parameter_that_zero_3_has_put_aside() -> None:
-    parameter = torch.nn.Parameter(torch.empty(0))
-    assert compat.num_elements(torch.nn.Parameter(torch.zeros(2, 3))) == 6
-    parameter.ds_numel = 12
-    assert compat.num_elements(parameter) == 12
-
-
-@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"cp_size": 2}, {"sp_size": 2}])
-def test_parallelism_inside_a_batch_is_refused(sizes: dict[str, int]) -> None:
-    parallelism = SimpleNamespace(**{"tp_size": 1, "cp_size": 1, "sp_size": 1, **sizes})
-    accelerator = SimpleNamespace(parallelism_config=parallelism, distributed_type=DistributedType.MULTI_GPU)
-    trainer = SimpleNamespace(args=SimpleNamespace(n_gpu=1, optim="adamw_torch"), accelerator=accelerator)
-    with pytest.raises(ValueError, match=r"does not support context, sequence or tensor parallelism.*Use data"):
-        compat.refuse_unsupported(trainer)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch._dynamo.utils import counters
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 
-from hf_mbp import MBPTrainer, compat, run_mini_batch
+from hf_mbp import MBPTrainer, run_mini_batch, wrapped
 from tests.helpers import (
     Pad,
     Recorder,
@@ -153,7 +153,7 @@ def test_static_shapes_are_too_many_unless_marked(
 ) -> None:
     """`dynamic=False` compiles each shape by itself; what is marked varies even then."""
     if not is_marked:
-        monkeypatch.setattr(compat, "mark_varying", lambda inputs: None)
+        monkeypatch.setattr(wrapped, "mark_varying", lambda inputs: None)
     trainer = compiled_trainer("torch.compile(model)", tmp_path, dynamic=False, max_steps=3)
     trainer.train()
     assert len(trainer.shapes) > 8
@@ -163,16 +163,16 @@ def test_static_shapes_are_too_many_unless_marked(
 
 def test_who_compiles_is_seen() -> None:
     accelerator, model = Accelerator(cpu=True), torch.nn.Linear(2, 2)
-    assert not compat.compiles(accelerator, model)
-    assert compat.compiles(accelerator, torch.compile(model, backend="eager"))
-    assert compat.compiles(accelerator, torch.nn.Sequential(torch.compile(model, backend="eager")))
+    assert not wrapped.compiles(accelerator, model)
+    assert wrapped.compiles(accelerator, torch.compile(model, backend="eager"))
+    assert wrapped.compiles(accelerator, torch.nn.Sequential(torch.compile(model, backend="eager")))
     model.compile(backend="eager")
-    assert compat.compiles(accelerator, model)
+    assert wrapped.compiles(accelerator, model)
 
 
 def test_widths_of_tokens_vary_and_sizes_of_images_do_not() -> None:
     ids, pixels, scalar = torch.ones(3, 5, dtype=torch.long), torch.ones(3, 3, 8, 8), torch.ones(())
-    compat.mark_varying({"input_ids": ids, "pixel_values": pixels, "scalar": scalar, "name": "x"})
+    wrapped.mark_varying({"input_ids": ids, "pixel_values": pixels, "scalar": scalar, "name": "x"})
     assert ids._dynamo_weak_dynamic_indices == {0, 1}
     assert pixels._dynamo_weak_dynamic_indices == {0}
     assert not hasattr(scalar, "_dynamo_weak_dynamic_indices")

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import BertForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM, TrainingArguments
 
-from hf_mbp import MBPConfig, MBPTrainer, compat, run_mini_batch
+from hf_mbp import MBPConfig, MBPTrainer, compat, refusals, run_mini_batch
 from hf_mbp.accumulation import Float32Sums, half_precision
 from hf_mbp.memory import pending_training_bytes
 from tests.helpers import (
@@ -298,7 +298,7 @@ def test_sharded_gradients_are_refused(attribute: str, tmp_path: Path) -> None:
     trainer = mbp_trainer(half_model(), causal_rows(), tmp_path, accumulate_in_fp32=True)
     setattr(trainer, attribute, True)
     with pytest.raises(ValueError, match=r"accumulate_in_fp32=True is for .* reduce_dtype=.*grad_accum_dtype"):
-        compat.refuse_unsupported(trainer)
+        refusals.refuse_unsupported(trainer)
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from hf_mbp import MBPMixin, compat, memory, sizing
+from hf_mbp import MBPMixin, memory, sizing, wrapped
 from hf_mbp.memory import AllocationTracker
 from hf_mbp.plan import Cost
 from hf_mbp.sizing import cost_of, measure_budget
@@ -289,7 +289,7 @@ def test_a_given_number_of_tokens_needs_no_measuring(tmp_path: Path, monkeypatch
 def test_a_sharded_model_needs_a_given_number_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = class_rows()
     trainer = unsized(Normalised(), rows, tmp_path)
-    monkeypatch.setattr(compat, "is_sharded", lambda trainer: True)
+    monkeypatch.setattr(wrapped, "is_sharded", lambda trainer: True)
     with pytest.raises(ValueError, match=r"cannot be sized .* under FSDP and DeepSpeed yet: set max_tokens_per_micro"):
         measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows))
 

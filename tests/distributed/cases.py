@@ -38,7 +38,7 @@ class Case:
 
     @property
     def is_zero(self) -> bool:
-        return self.strategy in ("zero2", "zero3")
+        return self.strategy in ("zero1", "zero2", "zero3")
 
     @property
     def is_in_float64(self) -> bool:
@@ -132,6 +132,8 @@ ZERO = {
         "causal, padded left": {"model": "llama", "padding_side": "left"},
     }.items()
 }
+
+ZERO |= {"zero1": Case(strategy="zero1"), "zero1, accumulated": Case(strategy="zero1", arguments=TWICE)}
 
 CASES = ON_TWO | FSDP2 | ON_FOUR | ZERO
 

@@ -19,7 +19,7 @@ from tests.distributed.reference import GROUPS, compared
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 START, END = "<!-- errors of several processes -->", "<!-- end of errors -->"
 
-STRATEGIES = {"ddp": "DDP", "fsdp2": "FSDP2", "hsdp": "HSDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+STRATEGIES = {"ddp": "DDP", "fsdp2": "FSDP2", "hsdp": "HSDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 
 
 def what(name: str, case: Case) -> str:

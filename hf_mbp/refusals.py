@@ -1,0 +1,74 @@
+"""What is refused, or warned of, before training: each with the reason and the remedy."""
+
+import warnings
+from typing import Any
+
+from accelerate.utils import DistributedType
+from transformers.trainer_utils import has_length
+
+from hf_mbp import other_trainers
+from hf_mbp.wrapped import is_sharded
+
+
+def refuse_unsupported(trainer: Any) -> None:
+    """Raises `ValueError` for what is not supported, with the reason and the remedy."""
+    if trainer.mbp_config.accumulate_in_fp32:
+        refuse_float32_sums(is_sharded=is_sharded(trainer))
+    args, parallelism = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    refusals = {
+        f"{args.n_gpu} GPUs in one process": (
+            args.n_gpu > 1,
+            "torch.nn.DataParallel would split every micro-batch again. Start with `accelerate launch` or `torchrun`, "
+            "or show one GPU with CUDA_VISIBLE_DEVICES=0.",
+        ),
+        "context, sequence or tensor parallelism": (
+            parallelism is not None and max(parallelism.cp_size, parallelism.sp_size, parallelism.tp_size) > 1,
+            "ranks that share a batch would have to share its plan. Use data parallelism (DDP).",
+        ),
+        f"optim={optimizer!r}": (
+            "lomo" in optimizer or "layerwise" in optimizer,
+            "it updates the weights during the backward pass, before the gradient of the mini-batch is complete. "
+            "Choose another optim, such as 'adamw_torch'.",
+        ),
+        "FSDP 1": (
+            trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1,
+            "it is not tested, as it needs a GPU to start. Use FSDP2: fsdp_config={'version': 2}, or fsdp_version: 2 "
+            "in the configuration of Accelerate.",
+        ),
+        "TPU/XLA": (
+            trainer.accelerator.distributed_type == DistributedType.XLA,
+            "micro-batches of changing shapes would be compiled anew each time. Use a GPU or a CPU.",
+        ),
+    }
+    present = [(what, why) for what, (is_present, why) in refusals.items() if is_present]
+    for what, why in (*present, *other_trainers.refusals(trainer)):
+        raise ValueError(f"Micro-batching does not support {what}: {why}")
+
+
+def refuse_float32_sums(*, is_sharded: bool) -> None:
+    """Raises `ValueError` if gradients are sharded: what a backward pass leaves in `.grad` is then not all there is."""
+    if is_sharded:
+        raise ValueError(
+            "accumulate_in_fp32=True is for weights in half precision that are whole on each rank; FSDP and DeepSpeed "
+            "keep their gradients elsewhere, and have options of their own. Leave it out. Under FSDP load the model "
+            "with dtype='float32' and give the FSDP plugin a mixed_precision_policy with reduce_dtype=torch.float32; "
+            "under DeepSpeed write 'data_types': {'grad_accum_dtype': 'fp32'} into its configuration."
+        )
+
+
+def require_rows(trainer: Any) -> None:
+    """Raises `ValueError` if the training data is empty."""
+    dataset = trainer.train_dataset
+    if dataset is not None and has_length(dataset) and len(dataset) == 0:
+        raise ValueError("train_dataset is empty: there is nothing to train on. Check the file and its filters.")
+
+
+def warn_of_smaller_batch(before: int | None, batch_size: int | None) -> None:
+    """Warns if `auto_find_batch_size` starts again with a smaller mini-batch than `before`."""
+    if before is not None and batch_size is not None and batch_size < before:
+        warnings.warn(
+            f"Out of memory: auto_find_batch_size starts again with {batch_size} rows instead of {before}, which "
+            "changes the optimisation. Turn it off, and set memory_limit or max_tokens_per_micro_batch lower instead.",
+            stacklevel=3,
+        )

@@ -1,0 +1,111 @@
+"""What has to be known of a model that torch, Accelerate or DeepSpeed has sharded, quantized or compiled.
+
+As `compat.py` does, this touches private and version-dependent names; each function says what it relies on.
+"""
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, DynamoBackend
+from torch.distributed.fsdp import FSDPModule
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Whether a forward pass of the model is a collective, so that it cannot be tried on one rank alone."""
+    return bool(
+        trainer.is_fsdp_enabled
+        or trainer.is_deepspeed_enabled
+        or getattr(trainer, "is_distributed_loading_by_transformers", False)
+    )
+
+
+def is_fsdp2(trainer: Any) -> bool:
+    """Whether the model is sharded by FSDP2, under which every rank has its part of every gradient at hand."""
+    return bool(trainer.is_fsdp_enabled) and isinstance(trainer.model, FSDPModule)
+
+
+def shards(accelerator: Any) -> bool:
+    """Whether Accelerate runs FSDP or DeepSpeed."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def holds_shards(modules: list[torch.nn.Module]) -> bool:
+    """Whether parameters stand for parts of themselves: those of FSDP and of ZeRO-3 may not be put aside.
+
+    FSDP 1 marks its modules for the compiler, ZeRO-3 its parameters; those of FSDP 2 are `DTensor`s.
+    """
+    every = [module for held in modules for module in held.modules()]
+    weights = [weight for module in every for weight in module.parameters(recurse=False)]
+    return any(hasattr(module, "_is_fsdp_managed_module") for module in every) or any(
+        hasattr(weight, "ds_id") or hasattr(weight, "device_mesh") for weight in weights
+    )
+
+
+def reshard(modules: list[torch.nn.Module]) -> None:
+    """Puts aside the whole parameters that FSDP2 keeps after a forward pass, in the hope of a backward pass."""
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def num_elements(parameter: torch.Tensor) -> int:
+    """Elements of a parameter; ZeRO-3 leaves an empty tensor in its place, and keeps the number beside it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def needs_half_precision(modules: list[torch.nn.Module]) -> str | None:
+    """What in the models runs in half precision only, or has no weights that could be copied; `None` if nothing.
+
+    Flash attention is known by `config._attn_implementation`, quantized weights by their integers or 8-bit floats.
+    """
+    every = [module for held in modules for module in held.modules()]
+    names = {str(getattr(getattr(module, "config", None), "_attn_implementation", None)) for module in every}
+    if any("flash" in name for name in names):
+        return "flash attention takes nothing else"
+    weights = [weight for module in every for weight in module.parameters(recurse=False)]
+    if any(weight.is_quantized or weight.element_size() == 1 for weight in weights):
+        return "the weights are quantized"
+    return None
+
+
+def compiles(accelerator: Any, model: torch.nn.Module) -> bool:
+    """Whether torch.compile runs the model or a part of it, by the user or by Accelerate (`torch_compile=True`).
+
+    `torch.compile(module)` keeps the module in `_orig_mod`; `module.compile()` sets `_compiled_call_impl`.
+    """
+    return accelerator.state.dynamo_plugin.backend != DynamoBackend.NO or any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def eagerly(compiles: bool) -> AbstractContextManager[Any]:
+    """A context in which a compiled model runs as if it were not."""
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
+    return stance
+
+
+def mark_varying(inputs: Any) -> None:
+    """Tells the compiler that rows and width differ from call to call: one compilation takes all shapes but one row.
+
+    Without it the first shape is compiled alone, and under `dynamic=False` every one, until dynamo gives up. A hint:
+    unlike `mark_dynamic` it allows a model to rely on a size. Widths are those of tokens, masks and labels; the second
+    dimension of images and sounds is fixed.
+    """
+    from torch._dynamo import maybe_mark_dynamic  # which takes seconds to import, and has no public place yet
+
+    for value in inputs.values():
+        if isinstance(value, torch.Tensor):
+            for dimension in range(min(value.ndim, 1 if value.is_floating_point() else 2)):
+                maybe_mark_dynamic(value, dimension)
+
+
+def accepts(model: torch.nn.Module, argument: str) -> bool:
+    """Whether the forward pass of the model, also compiled or under PEFT, may have an argument of that name."""
+    base: Any = getattr(model, "_orig_mod", model)
+    if hasattr(base, "get_base_model"):
+        base = base.get_base_model()
+    parameters = inspect.signature(base.forward).parameters
+    return argument in parameters or any(kind.kind == kind.VAR_KEYWORD for kind in parameters.values())
