@@ -41,8 +41,8 @@ class StartCheck:
             return "Exactness was not checked (check_at_start=False)."
         if wrapped.is_sharded(self._trainer) and not wrapped.is_fsdp2(self._trainer):
             return (
-                "Exactness was not checked: a model that DeepSpeed runs, or that was sharded when it was loaded, cannot "
-                "be tried. Run scripts/check.py, or check_equivalence(trainer), once in one process."
+                "Exactness was not checked: a model that DeepSpeed runs, or that was sharded when loaded, cannot be "
+                "tried. Run scripts/check.py, or check_equivalence(trainer), once in one process."
             )
         report, outcome = None, ""
         try:

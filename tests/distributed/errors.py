@@ -22,13 +22,13 @@ START, END = "<!-- errors of several processes -->", "<!-- end of errors -->"
 STRATEGIES = {"ddp": "DDP", "fsdp2": "FSDP2", "hsdp": "HSDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 
 
-def what(name: str, case: Case) -> str:
-    """The name of a case without what the other columns say."""
+def label(name: str, case: Case, ranks: int) -> str:
+    """The first columns of the line of a case; its name without what the other columns say."""
     words = [word for word in name.split(", ") if word not in (*STRATEGIES, "on four")]
-    return ", ".join(words) or "even"
+    return f"| {STRATEGIES[case.strategy]} | {ranks} | {', '.join(words) or 'even'} |"
 
 
-def rows(group: str) -> list[str]:
+def lines_of(group: str) -> list[str]:
     """Lines of the table for the cases of one launch."""
     with tempfile.TemporaryDirectory() as folder:
         saved = GROUPS[group].run(Path(folder))
@@ -36,10 +36,8 @@ def rows(group: str) -> list[str]:
     for name, case in GROUPS[group].cases.items():
         comparison = compared(case, saved[name])
         assert set(comparison.steps) == {comparison.expected_steps}, name
-        lines.append(
-            f"| {STRATEGIES[case.strategy]} | {GROUPS[group].ranks} | {what(name, case)} | {comparison.expected_steps} "
-            f"| {comparison.weights:.0e} | {comparison.losses:.0e} |"
-        )
+        errors = f"{comparison.expected_steps} | {comparison.weights:.0e} | {comparison.losses:.0e} |"
+        lines.append(f"{label(name, case, GROUPS[group].ranks)} {errors}")
     return lines
 
 
@@ -49,7 +47,7 @@ def table() -> str:
         f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}"
     )
     head = ["| strategy | processes | what | steps | weights | losses |", "| --- | ---: | --- | ---: | ---: | ---: |"]
-    lines = [line for group in GROUPS for line in rows(group)]
+    lines = [line for group in GROUPS for line in lines_of(group)]
     return "\n".join([*head, *lines, "", f"Made with {versions}, gloo on a CPU."])
 
 

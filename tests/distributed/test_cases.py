@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.errors import PAGE, label
 from tests.distributed.reference import DEEPSPEED, GROUPS, compared
 
 
@@ -19,3 +20,10 @@ def test_weights_are_those_of_plain_pytorch(group: str, tmp_path: Path, subtests
             assert set(comparison.steps) == {comparison.expected_steps}
             assert comparison.weights < (1e-12 if case.is_in_float64 else 1e-5)
             assert comparison.losses < 1e-6
+
+
+def test_the_table_has_a_line_for_each_case() -> None:
+    lines = PAGE.read_text().splitlines()
+    for group in GROUPS.values():
+        for name, case in group.cases.items():
+            assert sum(line.startswith(label(name, case, group.ranks)) for line in lines) == 1, name
