@@ -4,10 +4,7 @@ The ranks are started one by one, as by SLURM or mpirun, so that nothing but the
 """
 
 import multiprocessing
-import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.failing_worker import train_as_rank
+from tests.distributed.launching import run
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT = 8.0
 """The `rank_timeout` of most runs, in seconds; long enough for a machine with other work to do."""
 SECONDS = 120
@@ -160,21 +157,6 @@ def test_a_rank_that_is_slow_is_waited_for(start: Start, way: str) -> None:
 
 def test_under_a_launcher(tmp_path: Path) -> None:
     """The launcher ends the other rank itself, maybe before it has read why; the cause is told all the same."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    launched = subprocess.Popen(  # noqa: S603
-        [*command, "-m", "tests.distributed.failing_worker", str(tmp_path), "exception", "1", str(TIMEOUT)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        _, errors = launched.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        launched.terminate()  # which ends the ranks as well
-        _, errors = launched.communicate()
-        pytest.fail(f"the ranks hang: no end after {SECONDS} s.\n{errors[-4000:]}")
-    assert launched.returncode == 1
+    code, errors = run("failing_worker", tmp_path, "exception", 1, TIMEOUT)
+    assert code == 1
     assert "[rank1]: LookupError: the cause" in errors
