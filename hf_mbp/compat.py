@@ -73,6 +73,30 @@ def local_gathers(trainer: Any) -> Iterator[None]:
 
 
 @contextmanager
+def unwrapped_in_losses(trainer: Any, modules: list[torch.nn.Module]) -> Iterator[None]:
+    """Puts the model itself in the place of its DDP wrapper, where a loss holds on to that.
+
+    Trainers of sentence-transformers do so from their first step on (`override_model_in_loss`). What is run on the side
+    must not pass the wrapper: not all ranks may run it, and its reducer would take note.
+    """
+    held = [
+        (module, name)
+        for outer in modules
+        if outer is not trainer.model
+        for module in outer.modules()
+        for name, child in module._modules.items()
+        if child is trainer.model_wrapped and child is not trainer.model
+    ]
+    for module, name in held:
+        module._modules[name] = trainer.model
+    try:
+        yield
+    finally:
+        for module, name in held:
+            module._modules[name] = trainer.model_wrapped
+
+
+@contextmanager
 def without_autocast(accelerator: Any, modules: list[torch.nn.Module]) -> Iterator[None]:
     """Takes mixed precision off models and off `accelerator.autocast()`.
 

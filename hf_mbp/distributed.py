@@ -28,3 +28,7 @@ class Ranks:
     def lowest(self, number: float) -> float:
         """The smallest of the ranks' numbers."""
         return min(row[0] for row in self.gather(number))
+
+    def mean(self, number: float) -> float:
+        """The mean of the ranks' numbers."""
+        return sum(row[0] for row in self.gather(number)) / self.count

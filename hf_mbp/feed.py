@@ -232,7 +232,9 @@ class Feed:
 
     def _spare_row(self) -> list[Any]:
         """A row to take part with, where this rank has none and others have."""
-        if row := self._spare or self.sample(1):
+        with compat.kept_loaders(self.trainer.accelerator):
+            row = self._spare or self.sample(1)
+        if row:
             return row
         raise ValueError(
             f"Process {self.trainer.args.process_index} has no training data at all: its share is empty. Start fewer "
@@ -296,8 +298,9 @@ class Feed:
                 "learned.",
                 stacklevel=2,
             )
-        if not is_idle and self.ranks.count > 1:
-            self._filler = weighed[-1]
+        learning = [micro_batch for micro_batch in weighed if micro_batch.num_items > 0]
+        if learning and self.ranks.count > 1:
+            self._filler = learning[-1]
         return weighed
 
     def _warn_of_long_rows(self, budget: Budget, longest: int) -> int:

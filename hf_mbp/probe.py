@@ -37,6 +37,7 @@ def loss_of(trainer: Any, inputs: Inputs, num_items: float, *, weight: float = 1
         compat.local_gathers(trainer),
         compat.replaced(trainer, log=lambda *_, **__: None),
         compat.weighted_loss(trainer, weight, num_items),
+        compat.unwrapped_in_losses(trainer, modules_of(trainer)),
         trainer.compute_loss_context_manager(),
     ):
         loss: torch.Tensor = trainer.compute_loss(trainer.model, compat.prepare_inputs(trainer, inputs))

@@ -14,6 +14,11 @@ def refuse_unsupported(trainer: Any) -> None:
     """Raises `ValueError` for what is not supported, with the reason and the remedy."""
     if trainer.mbp_config.accumulate_in_fp32:
         refuse_float32_sums(is_sharded=is_sharded(trainer))
+    if trainer.mbp_config.memory_limit is not None and is_sharded(trainer):
+        raise ValueError(
+            f"memory_limit={trainer.mbp_config.memory_limit!r}: the budget cannot be sized from memory under FSDP and "
+            "DeepSpeed yet. Leave memory_limit out, and set max_tokens_per_micro_batch."
+        )
     args, parallelism = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
     optimizer = str(getattr(args.optim, "value", args.optim))
     refusals = {

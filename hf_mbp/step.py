@@ -106,21 +106,19 @@ def _useful_tokens(inputs: Inputs, planned: int, cells: int) -> int:
 def weigh(micro_batches: list[MicroBatch], ranks: Ranks, filler: MicroBatch | None = None) -> list[MicroBatch]:
     """The micro-batches with their weights, the idle ones first.
 
-    On one process those without items are idle: they add nothing, and their mean is 0/0. Several ranks run equally
-    many, or their collectives would pair up wrongly; `filler`, at weight zero, stands in where a rank has fewer, and an
-    item is put in where one has none. If no rank has any items, all are idle.
+    Those without items are idle: they add nothing, and their mean is 0/0. Several ranks run equally many of the others,
+    or their collectives would pair up wrongly: `filler`, or the last with items, stands in at weight zero where a rank
+    has fewer. If no rank has any items, all are idle.
     """
-    counts = ranks.gather(len(micro_batches), sum(micro_batch.num_items for micro_batch in micro_batches))
-    most = int(max(count for count, _ in counts))
-    total_items = sum(items for _, items in counts)
-    if total_items == 0:
-        return [replace(micro_batch, is_idle=True) for micro_batch in micro_batches]
-    weighed = [replace(mb, weight=mb.num_items / total_items * ranks.count) for mb in micro_batches]
-    if ranks.count == 1:
-        idle = [replace(micro_batch, is_idle=True) for micro_batch in weighed if micro_batch.num_items == 0]
-        return idle + [micro_batch for micro_batch in weighed if micro_batch.num_items > 0]
-    weighed = [mb if mb.num_items > 0 else replace(mb, inputs=with_an_item(mb.inputs)) for mb in weighed]
-    return weighed + [as_filler(filler or weighed[-1])] * (most - len(weighed))
+    learning = [micro_batch for micro_batch in micro_batches if micro_batch.num_items > 0]
+    idle = [replace(micro_batch, is_idle=True) for micro_batch in micro_batches if micro_batch.num_items == 0]
+    counts = ranks.gather(len(learning), sum(micro_batch.num_items for micro_batch in learning))
+    most, total_items = int(max(count for count, _ in counts)), sum(items for _, items in counts)
+    weighed = [replace(mb, weight=mb.num_items / total_items * ranks.count) for mb in learning]
+    if most > len(weighed):
+        stand_in = filler or (learning or micro_batches)[-1]
+        weighed += [as_filler(stand_in)] * (most - len(weighed))
+    return idle + weighed
 
 
 def as_filler(micro_batch: MicroBatch) -> MicroBatch:
@@ -132,12 +130,12 @@ def as_filler(micro_batch: MicroBatch) -> MicroBatch:
 def deal(micro_batches: list[MicroBatch], num_piles: int) -> list[list[MicroBatch]]:
     """The micro-batches, in order, in `num_piles` piles as even as can be; if some are empty, never the last.
 
-    Example:
-        >>> deal(list("abcde"), 2), deal(list("a"), 3)
-        ([['a', 'b'], ['c', 'd', 'e']], [[], [], ['a']])
+    Idle ones are not run, and lie on the first pile: so all ranks run equally many of each pile.
     """
-    cuts = [len(micro_batches) * pile // num_piles for pile in range(num_piles + 1)]
-    return [micro_batches[start:end] for start, end in pairwise(cuts)]
+    run = [micro_batch for micro_batch in micro_batches if not micro_batch.is_idle]
+    cuts = [len(run) * pile // num_piles for pile in range(num_piles + 1)]
+    first, *others = [run[start:end] for start, end in pairwise(cuts)]
+    return [[micro_batch for micro_batch in micro_batches if micro_batch.is_idle] + first, *others]
 
 
 def in_place(is_last: bool) -> AbstractContextManager[Any]:  # noqa: ARG001
@@ -162,13 +160,26 @@ def run_micro_batches(
 
     Returns:
         The sum of the weighted losses: the loss of the mini-batch, on one process.
+
+    Raises:
+        ValueError: the loss of a filler is no finite number, which times a weight of zero is none either.
     """
     *before, last = [micro_batch for micro_batch in micro_batches if not micro_batch.is_idle]
     loss = None
     for micro_batch in before:
         with defer_sync(), summing(False):
-            part = backward(micro_batch)
+            part = _checked(backward(micro_batch), micro_batch)
         loss = part if loss is None else loss + part
     with summing(True):
-        part = backward(last)
+        part = _checked(backward(last), last)
     return part if loss is None else loss + part
+
+
+def _checked(weighted_loss: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+    if micro_batch.weight == 0 and not bool(torch.isfinite(weighted_loss)):
+        raise ValueError(
+            "This process has nothing to learn from in this step, and takes part with rows whose loss is no finite "
+            "number, which would spoil the gradient of the others. If num_items is overridden, let rows that count as "
+            "nothing have a finite loss: divide by max(1, items)."
+        )
+    return weighted_loss

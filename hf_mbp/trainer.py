@@ -63,6 +63,7 @@ class MBPMixin(_Base):
     * `get_batch_samples`: plans and pads the rows of a whole optimizer step.
     * `training_step`: runs the micro-batches, each by the `training_step` of the next class.
     * `log`, `_maybe_log_save_evaluate`: the `mbp_` entries, and the clock behind them.
+    * `_finalize_training`: makes the last loss that of all ranks.
     * `_load_callback_state`: hides the budget, which a checkpoint keeps among the states of callbacks.
     * `floating_point_ops`, `_track_num_input_tokens`: count what the stock loop asks about a batch.
 
@@ -92,6 +93,7 @@ class MBPMixin(_Base):
         self._ranks = Ranks(self.accelerator)
         self._report = StepReport()
         self._sums = Float32Sums()
+        self._logs_step = False
         self._call_metrics = CallMetrics(self, self._ranks)
         self.mbp_feed = Feed(self, self._ranks, self._report)
 
@@ -207,7 +209,7 @@ class MBPMixin(_Base):
         Speed and memory go to the callbacks only: `state.log_history`, which is part of a checkpoint, is the same for
         two runs that did the same.
         """
-        if self.is_in_train and {"loss", "learning_rate"} <= logs.keys():
+        if self._logs_step and {"loss", "learning_rate"} <= logs.keys():
             logs.update(self._report.flush(self._ranks, memory.peak_memory(self.args.device)))
         super().log(logs, *args, **kwargs)
         for name in MEASURED:
@@ -216,7 +218,17 @@ class MBPMixin(_Base):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Stops the clock of the step first, so that evaluation and saving are not counted."""
         self._report.stop_clock()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._logs_step = True
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        finally:
+            self._logs_step = False
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss of the steps that were not logged is that of all ranks: what each keeps is its part of it."""
+        self._tr_loss: torch.Tensor  # the base's
+        self._tr_loss = torch.full_like(self._tr_loss, self._ranks.mean(float(self._tr_loss)))
+        return super()._finalize_training(*args, **kwargs)
 
     def _load_callback_state(self) -> None:
         """The stock one, which would warn of a callback that is none: the budget lies among their states."""

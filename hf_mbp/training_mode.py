@@ -51,10 +51,11 @@ def training_mode_without_dropout(model: torch.nn.Module, others: list[torch.nn.
     Activations are not checkpointed: on a GPU they would be computed again by a thread that knows nothing of this.
     """
     model.train()
-    for module in dict.fromkeys(module for held in [model, *others] for module in held.modules()):
+    for module in model.modules():  # not of a loss, which may leave out rows by a rule of its own
         _zero_rates(module)
         if hasattr(config := vars(module).get("config"), "__dict__"):
             _zero_rates(config)
+    for module in dict.fromkeys(module for held in [model, *others] for module in held.modules()):
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
         if vars(module).get("gradient_checkpointing"):

@@ -64,6 +64,9 @@ def watched_ranks(num_ranks: int, seconds: float) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:  # a rank that leaves on purpose, maybe before the others
+            watch.finish()
+            raise
         atexit.register(end_later, seconds)
         watch.fail(error)
         raise

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from hf_mbp import MBPConfig, refusals
 
 
-def trainer_with(*, fsdp_version: int | None = None, **sizes: int) -> Any:
+def trainer_with(*, fsdp_version: int | None = None, config: MBPConfig | None = None, **sizes: int) -> Any:
     """What refusals look at."""
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=fsdp_version))
     accelerator = SimpleNamespace(
@@ -20,8 +20,9 @@ def trainer_with(*, fsdp_version: int | None = None, **sizes: int) -> Any:
     return SimpleNamespace(
         args=SimpleNamespace(n_gpu=1, optim="adamw_torch"),
         accelerator=accelerator,
-        mbp_config=MBPConfig(),
+        mbp_config=config or MBPConfig(),
         is_fsdp_enabled=fsdp_version is not None,
+        is_deepspeed_enabled=False,
     )
 
 
@@ -35,3 +36,9 @@ def test_fsdp_1_and_not_2() -> None:
     with pytest.raises(ValueError, match=r"does not support FSDP 1: .*fsdp_config=\{'version': 2\}"):
         refusals.refuse_unsupported(trainer_with(fsdp_version=1))
     refusals.refuse_unsupported(trainer_with(fsdp_version=2))
+
+
+def test_a_memory_limit_where_the_budget_cannot_be_sized() -> None:
+    config = MBPConfig(max_tokens_per_micro_batch=64, memory_limit="1GiB")
+    with pytest.raises(ValueError, match=r"memory_limit='1GiB'.*Leave memory_limit out, and set max_tokens"):
+        refusals.refuse_unsupported(trainer_with(fsdp_version=2, config=config))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -279,7 +280,7 @@ def test_items_need_not_be_integers() -> None:
     assert [mb.weight for mb in weigh([micro_batch(0.5), micro_batch(1.5)], ALONE)] == [0.25, 0.75]
 
 
-@pytest.mark.parametrize("ranks", [ALONE, FakeRanks([3, 0.0])])
+@pytest.mark.parametrize("ranks", [ALONE, FakeRanks([0, 0.0])])
 def test_nothing_runs_where_there_are_no_items(ranks: FakeRanks) -> None:
     weighed = weigh([micro_batch(0), micro_batch(0)], ranks)
     assert [(mb.is_idle, mb.weight) for mb in weighed] == [(True, 0.0)] * 2
@@ -296,14 +297,17 @@ def test_nothing_runs_without_micro_batches() -> None:
 )
 @quick
 def test_ranks_run_equally_many_and_their_weights_sum_to_the_ranks(items: list[list[int]]) -> None:
-    most, total = max(map(len, items)), sum(map(sum, items))
-    said = [[float(len(counts)), float(sum(counts))] for counts in items]
+    learning = [[count for count in counts if count] for counts in items]
+    most, total = max(map(len, learning)), sum(map(sum, items))
+    said = [[float(len(counts)), float(sum(counts))] for counts in learning]
     weights = []
     for rank, counts in enumerate(items):
         weighed = weigh([micro_batch(count) for count in counts], FakeRanks(*said[:rank], *said[rank + 1 :]))
-        assert len(weighed) == most
-        expected = [count / total * len(items) for count in counts] + [0] * (most - len(counts))
-        assert [mb.weight for mb in weighed] == pytest.approx(expected)
+        run = [mb for mb in weighed if not mb.is_idle]
+        assert len(run) == most
+        assert len(weighed) == most + counts.count(0)
+        expected = [count / total * len(items) for count in learning[rank]] + [0] * (most - len(learning[rank]))
+        assert [mb.weight for mb in run] == pytest.approx(expected)
         weights += [mb.weight for mb in weighed]
     assert sum(weights) == pytest.approx(len(items))
 
@@ -323,30 +327,41 @@ def test_the_last_micro_batch_fills_if_none_is_given() -> None:
     assert [mb.inputs["name"] for mb in weighed] == ["long", "short", "short"]
 
 
-def test_where_ranks_wait_a_micro_batch_without_items_runs_at_weight_zero() -> None:
+def test_one_without_items_is_idle_on_several_ranks_too() -> None:
+    """Its loss may be 0/0, and no number times zero is none."""
     unlabelled = MicroBatch(inputs={"labels": torch.full((2, 3), -100)}, num_rows=2, num_items=0, cells=6, tokens=6)
-    first, second = weigh([micro_batch(4), unlabelled], FakeRanks([1, 4.0]))
-    assert (first.weight, second.weight) == (1.0, 0.0)
-    assert count_items(second.inputs, shifts=True) > 0
-    assert bool((unlabelled.inputs["labels"] == -100).all())
+    idle, run, filler = weigh([micro_batch(4, name="own"), unlabelled], FakeRanks([2, 4.0]))
+    assert (idle.is_idle, idle.cells, idle.num_rows) == (True, 6, 2)
+    assert (run.weight, filler.weight) == (1.0, 0.0)
+    assert filler.inputs["name"] == "own"
 
 
 def test_a_rank_with_no_items_of_its_own_runs_along() -> None:
-    (only,) = weigh([micro_batch(0)], FakeRanks([1, 4.0]))
-    assert only.weight == 0
+    idle, filler = weigh([micro_batch(0)], FakeRanks([1, 4.0]))
+    assert (idle.is_idle, filler.is_idle, filler.weight) == (True, False, 0)
+    assert count_items(filler.inputs, shifts=True) > 0
+
+
+def test_fillers_whose_loss_is_no_number_are_refused() -> None:
+    micro_batches = weigh([micro_batch(0)], FakeRanks([1, 4.0]))
+    with pytest.raises(ValueError, match=r"nothing to learn from in this step.*If num_items is overridden"):
+        run_micro_batches(micro_batches, lambda _: torch.tensor(float("nan")))
 
 
 # deal
 
 
-@given(st.lists(st.integers(), max_size=30), st.integers(1, 10))
+@given(st.integers(0, 30), st.integers(0, 5), st.integers(1, 10))
 @quick
-def test_piles_keep_order_and_are_as_even_as_can_be(micro_batches: list[Any], num_piles: int) -> None:
-    piles = deal(micro_batches, num_piles)
+def test_piles_keep_order_and_run_as_evenly_as_can_be(count: int, num_idle: int, num_piles: int) -> None:
+    run = [micro_batch(1, name=str(index)) for index in range(count)]
+    idle = [replace(micro_batch(0), is_idle=True)] * num_idle
+    piles = deal([*idle, *run], num_piles)
     assert len(piles) == num_piles
-    assert [x for pile in piles for x in pile] == micro_batches
-    assert max(map(len, piles)) - min(map(len, piles)) <= 1
-    assert piles[-1] or not micro_batches
+    assert [x for pile in piles for x in pile] == [*idle, *run]
+    lengths = [sum(not x.is_idle for x in pile) for pile in piles]
+    assert max(lengths) - min(lengths) <= 1
+    assert lengths[-1] or not run
 
 
 # run_micro_batches

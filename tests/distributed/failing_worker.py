@@ -46,8 +46,15 @@ def busy() -> None:
         pass
 
 
+def leaves() -> None:
+    """All ranks leave on purpose, the first one when it has saved."""
+    if os.environ["RANK"] == "0":
+        time.sleep(SLOW_SECONDS)
+    sys.exit(0)
+
+
 WAYS: dict[str, Callable[[], None]] = {
-    way.__name__: way for way in (exception, memory, killed, stopped, asleep, busy)
+    way.__name__: way for way in (exception, memory, killed, stopped, asleep, busy, leaves)
 } | {"stays": exception}
 
 
@@ -59,7 +66,8 @@ class Failing(MBPTrainer):
     is_due = True
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        if self.is_due and self.state.global_step == 1 and self.args.process_index == self.failing_rank:
+        is_meant = self.way is leaves or self.args.process_index == self.failing_rank
+        if self.is_due and self.state.global_step == 1 and is_meant:
             self.is_due = False
             self.way()
         return super().compute_loss(*args, **kwargs)
@@ -85,6 +93,8 @@ def train(folder: Path, way: str, failing_rank: int, rank_timeout: float) -> Non
             raise
         (folder / "stays").touch()
         time.sleep(1000)
+    except SystemExit as leaving:
+        os._exit(int(leaving.code or 0))  # without gloo's destructors; see `leave`
     assert trainer.state.global_step == 3
     leave()
 

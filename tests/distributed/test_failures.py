@@ -155,6 +155,14 @@ def test_a_rank_that_is_slow_is_waited_for(start: Start, way: str) -> None:
     assert "hf_mbp: rank" not in ranks.output(0) + ranks.output(1)
 
 
+def test_a_rank_that_leaves_on_purpose_does_not_end_the_others(start: Start) -> None:
+    """`sys.exit(0)` in a callback, before another rank has saved."""
+    ranks = start("leaves", failing=1, seconds=5.0)
+    ranks.wait(0, 1)
+    assert ranks.exit_codes() == [0, 0], ranks.output(0)[-4000:]
+    assert "hf_mbp: rank" not in ranks.output(0) + ranks.output(1)
+
+
 def test_under_a_launcher(tmp_path: Path) -> None:
     """The launcher ends the other rank itself, maybe before it has read why; the cause is told all the same."""
     code, errors = run("failing_worker", tmp_path, "exception", 1, TIMEOUT)
