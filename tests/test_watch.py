@@ -130,7 +130,7 @@ def test_the_first_failure_is_the_cause() -> None:
 
 def test_a_lost_connection_is_explained_by_the_rank_that_is_gone() -> None:
     """What gloo says comes at once, and would hide the cause if it were told to the others."""
-    group = Group(HashStore(), 2, seconds=2)
+    group = Group(HashStore(), 2, seconds=10)
     group.turns(2, [1])
     error = RuntimeError(GLOO)
     started(group, 0).fail(error)
