@@ -113,7 +113,7 @@ class Watch:
                 self._is_woken.set()
                 self._is_known.wait(GRACE_TICKS * self._tick)
             if self._rank == 0 and not self._has_agent:  # the store, with the verdict in it, ends with this process
-                self._are_told.wait(GRACE_TICKS * self._tick)
+                self._are_told.wait((GRACE_TICKS - 1) * self._tick)  # the judge waits a turn longer
         finally:
             self._stop()
 
