@@ -4,9 +4,8 @@ A bfloat16 number has eight significant bits. The more micro-batches are summed 
 fall off the end of the sum, and what is lost adds up. Here the gradient of each backward pass is moved into a float32
 sum, which is rounded to the dtype of the parameter once, when the mini-batch is complete.
 
-Under DDP the last backward pass reduces what is in `.grad`, so the sum of the passes before is rounded and put there
-first: each rank rounds twice instead of once (the sum, and its addition to the last gradient), however many there are.
-To reduce the float32 sums themselves would take collectives of our own, and twice the traffic.
+Under DDP each rank rounds its sum, and DDP averages the rounded sums in the dtype of the parameters. To reduce the
+float32 sums themselves would take collectives of our own, and twice the traffic.
 
 `Tensor.grad_dtype` (torch 2.10) lets autograd add into a float32 `.grad` of a bfloat16 parameter, without moving
 anything. It is not used, because what reads `.grad` expects the dtype of the parameter (torch 2.13: DDP and AdamW raise
@@ -38,19 +37,13 @@ class Float32Sums:
         self._sums.clear()
 
     @contextmanager
-    def around(
-        self, parameters: list[torch.nn.Parameter], *, is_complete: bool, is_reduced: bool = False
-    ) -> Iterator[None]:
+    def around(self, parameters: list[torch.nn.Parameter], *, is_complete: bool) -> Iterator[None]:
         """Around a backward pass: moves what it leaves in `.grad` of the parameters into the sums.
 
-        After the pass with which the mini-batch `is_complete` the rounded sums are in `.grad`; before it, if that pass
-        reduces the gradients over ranks (`is_reduced`). What lies in `.grad` before the first pass counts, too.
+        After the pass with which the mini-batch `is_complete` the rounded sums are in `.grad`. What lies there before
+        the first pass counts, too.
         """
         self._take(parameters)
-        if is_complete and is_reduced:
-            self._give()
-            yield
-            return
         yield
         self._take(parameters)
         if is_complete:

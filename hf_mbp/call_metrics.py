@@ -31,6 +31,10 @@ class CallMetrics:
         self._noted: dict[str, list[tuple[float, float]]] = {}
         self._tokens = 0
 
+    def restart(self) -> None:
+        """Forgets what was noted since the last merge."""
+        self._noted, self._tokens = {}, 0
+
     @contextmanager
     def call(self, micro_batch: MicroBatch) -> Iterator[None]:
         """Around a call of `compute_loss`: takes out what it notes; of fillers, only the names."""
@@ -78,7 +82,7 @@ class CallMetrics:
             entries[name].append(_value(name, [row[start : start + 4] for row in gathered]))
         if "num_tokens" in self._noted:
             entries["num_tokens"] = [getattr(self._trainer, TOKENS)]
-        self._noted, self._tokens = {}, 0
+        self.restart()
 
 
 def _weights(micro_batch: MicroBatch) -> dict[str, float]:

@@ -262,3 +262,49 @@ def forget_evaluation(trainer: Any) -> None:
     if is_replicated and not is_wrapped and vars(model).pop("_is_accelerate_prepared", False):
         trainer.model_wrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         accelerator._models.clear()
+
+
+def replace_next_call(owner: Any, name: str, function: Callable[..., Any]) -> None:
+    """Has the next call of a method made by `function(method, ...)`; those after it are made as before.
+
+    On the instance, where Accelerate's and the schedulers' own wrappers of `optimizer.step` lie, too.
+    """
+    method, before = getattr(owner, name), vars(owner).get(name, ABSENT)
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        if before is ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+        return function(method, *args, **kwargs)
+
+    setattr(owner, name, once)
+
+
+def can_checkpoint(model: Any) -> bool:
+    """Whether activation checkpointing can be turned on for a model of transformers, and is not on already."""
+    is_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return bool(getattr(model, "supports_gradient_checkpointing", False)) and not is_on
+
+
+@contextmanager
+def checkpointed(model: Any) -> Iterator[None]:
+    """Activation checkpointing for a while. Non-reentrant: with random numbers, gradients and hooks as without.
+
+    The methods were called `gradient_checkpointing_*` before transformers 5.24.
+    """
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    options = {f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+    getattr(model, f"{name}_checkpointing_enable")(**options)
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_checkpointing_disable")()
+
+
+def save_checkpoint(trainer: Any) -> str | None:
+    """Saves a checkpoint of the last complete step, where saving is on; to be called by all ranks. Says where it is."""
+    if trainer.args.save_strategy == "no" or not trainer.state.global_step:
+        return None
+    trainer._save_checkpoint(trainer.model, trial=None)
+    return f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}"

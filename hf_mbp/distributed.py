@@ -11,14 +11,20 @@ class Ranks:
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
         self.count = int(accelerator.num_processes)
+        self.index = int(accelerator.process_index)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        device: torch.device = self._accelerator.device
+        return device
 
     def gather(self, *numbers: float) -> list[list[float]]:
         """What every rank says, `[ranks, numbers]`; a collective, to be called by all ranks alike."""
         if self.count == 1:
             return [list(numbers)]
-        device = self._accelerator.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        gathered = self._accelerator.gather(torch.tensor([numbers], device=device, dtype=dtype))
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        gathered = self._accelerator.gather(torch.tensor([numbers], device=self.device, dtype=dtype))
         return [[float(number) for number in row] for row in gathered.tolist()]
 
     def highest(self, number: int) -> int:

@@ -1,8 +1,8 @@
 """Feeds a trainer: turns the batches of an optimizer step into micro-batches, knowing its model, data and options."""
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -19,11 +19,14 @@ from hf_mbp.items import checked_count
 from hf_mbp.plan import Budget, Cost, Ints, as_sizes, round_up, too_long_message
 from hf_mbp.precollated import CollatedRow, CollateInWorkers, cut_out
 from hf_mbp.probe import LossFunction, LossTraits
-from hf_mbp.report import StepReport, compiled_note, half_precision_note, padded_rows_note, start_line
+from hf_mbp.recovery import Fault
+from hf_mbp.report import StepReport, compiled_note, half_precision_note, padded_rows_note, retry_line, start_line
 from hf_mbp.run_budget import RunBudget
 from hf_mbp.sizing import cost_of
 from hf_mbp.start_check import StartCheck
 from hf_mbp.step import MicroBatch, RowFunctions, as_filler, split_mini_batch, weigh
+from hf_mbp.too_large import too_large_error
+from hf_mbp.undisturbed import remembered_generators
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,9 @@ class Feed:
         self._filler: MicroBatch | None = None
         self._left_over: list[Any] = []
         self._spare: list[Any] = []
+        self._pools_of_step: list[Pool] = []
+        self._ready_made: list[Inputs] = []
+        self._put_back_collator: Callable[[], None] = remembered_generators(None)
         self._has_told: set[str] = set()
         self.is_compiled = False
 
@@ -92,12 +98,53 @@ class Feed:
 
     def micro_batches(self, batches: list[Any]) -> list[MicroBatch]:
         """The weighed micro-batches of an optimizer step, from what its data loader returned."""
-        if all(isinstance(batch, Batch) for batch in batches):
-            with wrapped.eagerly(self.is_compiled):  # or what is tried on the side would use up dynamo's recompilations
-                return self._weighed(self._split([batch.unpack() for batch in batches]))
-        micro_batches = [self._ready_made(batch) for batch in batches if not isinstance(batch, Batch)]
-        self.report.add_step(micro_batches, [], 0)
-        return self._weighed(micro_batches)
+        is_deferred = all(isinstance(batch, Batch) for batch in batches)
+        self._put_back_collator = remembered_generators(self.trainer.data_collator)
+        self._ready_made = [] if is_deferred else [_inputs(batch) for batch in batches if not isinstance(batch, Batch)]
+        self._pools_of_step = self._pools([batch.unpack() for batch in batches]) if is_deferred else []
+        with wrapped.eagerly(self.is_compiled):  # or what is tried on the side would use up dynamo's recompilations
+            return self._weighed(self._first_plan() if is_deferred else self._as_they_are())
+
+    def plan_again(self, faults: list[Fault]) -> list[MicroBatch]:
+        """The weighed micro-batches of the same step, after memory ran out.
+
+        Raises:
+            MemoryError: for a single row, which cannot take less.
+        """
+        if hopeless := [fault for fault in faults if self._is_hopeless(fault)]:
+            raise self._too_large(hopeless)
+        for fault in faults:
+            self._make_room(fault)
+        self.report.retry()
+        self._put_back_collator()
+        with wrapped.eagerly(self.is_compiled):
+            micro_batches = self._plan() if self._pools_of_step else self._as_they_are()
+            self._tell(retry_line(self.trainer.state.global_step + 1, faults, micro_batches))
+            return self._weighed(micro_batches)
+
+    def _is_hopeless(self, fault: Fault) -> bool:
+        return fault.rows == 1 and (fault.is_checkpointed or not compat.can_checkpoint(self.trainer.model))
+
+    def _make_room(self, fault: Fault) -> None:
+        if fault.rows == 1:
+            self.budget.checkpoint_from(fault.width)
+        elif self._pools_of_step:
+            self.budget.shrink(fault.rows, fault.width)
+        self._ready_made = [part for inputs in self._ready_made for part in self._parts_of(inputs, fault)]
+
+    def _parts_of(self, inputs: Inputs, fault: Fault) -> list[Inputs]:
+        """Halves of a ready-made batch that is as large as one that did not fit."""
+        num_rows = collate.num_rows_of(inputs)
+        if self._cells(inputs) < fault.rows * fault.width or num_rows == 1:
+            return [inputs]
+        half = num_rows // 2
+        return [collate.select_rows(inputs, list(part)) for part in (range(half), range(half, num_rows))]
+
+    def _too_large(self, faults: list[Fault]) -> MemoryError:
+        own = next((fault for fault in faults if fault.reason), faults[0])
+        budget = self.budget.settled
+        need = float(budget.bytes(1, own.width)) if budget is not None and budget.max_bytes is not None else None
+        return too_large_error(self.trainer, own, need, compat.save_checkpoint(self.trainer))
 
     @property
     def _workers_collate(self) -> bool:
@@ -191,27 +238,47 @@ class Feed:
 
     # From rows to micro-batches
 
-    def _split(self, batches: list[list[Any]]) -> list[MicroBatch]:
-        pools = self._pools(batches)
+    def _first_plan(self) -> list[MicroBatch]:
+        """The plan of a step, and before the first one what has to be found out for it, and said about it."""
+        pools = self._pools_of_step
         largest = max(pools, key=lambda pool: _longest(pool.sizes))
         budget = self.budget.settle(largest.rows, largest.sizes)
         max_tokens = self._warn_of_long_rows(budget, _longest(largest.sizes))
-        is_first_step, cost = self._cost is None, self._cost_of_model()
+        is_first_step = self._cost is None
         if is_first_step and wrapped.is_sharded(self.trainer):
             self._find_out_together(pools[0].rows)
         checks = [self.check.run(pool.rows, pool.sizes, budget) for pool in pools if self.check.is_due(pool.rows[0])]
-        with collate.seeded(self.trainer.args.seed, self.trainer.state.global_step, self.trainer.args.process_index):
-            micro_batches = [micro_batch for pool in pools for micro_batch in self._planned(pool, budget, cost)]
-        batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
-        self.report.add_step(micro_batches, batch_sizes, max_tokens)
+        micro_batches = self._plan()
         if is_first_step:
-            num_rows = sum(map(len, batches))
+            batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
+            num_rows = sum(map(len, batch_sizes))
             self._tell(start_line(num_rows, micro_batches, batch_sizes, _describe(budget, max_tokens), checks[0]))
             self._tell(None if self._multiple_of() else padded_rows_note(micro_batches, batch_sizes))
             self._tell(compiled_note() if self.is_compiled else None)
             self._tell(half_precision_note(self._dtypes_summed_in_half(), len(micro_batches)))
         if (note := self.report.slow_collation_note()) and self._is_first("slow collation"):
             self._tell(note)
+        return micro_batches
+
+    def _plan(self) -> list[MicroBatch]:
+        """The rows of the step in micro-batches, within the budget that is now."""
+        pools, args = self._pools_of_step, self.trainer.args
+        largest = max(pools, key=lambda pool: _longest(pool.sizes))
+        budget, cost = self.budget.settle(largest.rows, largest.sizes), self._cost_of_model()
+        with collate.seeded(args.seed, self.trainer.state.global_step, args.process_index):
+            planned = [micro_batch for pool in pools for micro_batch in self._planned(pool, budget, cost)]
+        batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
+        self.report.plan_step(planned, batch_sizes, budget.tokens_at(_longest(largest.sizes)))
+        return [self._checkpointed(micro_batch) for micro_batch in planned]
+
+    def _checkpointed(self, micro_batch: MicroBatch) -> MicroBatch:
+        is_checkpointed = self.budget.is_checkpointed(micro_batch.num_rows, micro_batch.cells)
+        return replace(micro_batch, is_checkpointed=is_checkpointed)
+
+    def _as_they_are(self) -> list[MicroBatch]:
+        """The batches of the user's own loader, each a micro-batch."""
+        micro_batches = [self._checkpointed(self._whole(inputs)) for inputs in self._ready_made]
+        self.report.plan_step(micro_batches, [], 0)
         return micro_batches
 
     def _pools(self, batches: list[list[Any]]) -> list[Pool]:
@@ -272,21 +339,18 @@ class Feed:
         self._has_told.add(topic)
         return is_first
 
-    def _ready_made(self, batch: Any) -> MicroBatch:
-        """A batch of the user's own loader: one micro-batch, as it is."""
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"get_train_dataloader returned a batch of type {type(batch).__name__}: a batch must be a dictionary "
-                "of the model's inputs. Return one from your collator, or build on super().get_train_dataloader()."
-            )
-        cells = self._num_cells(batch) or collate.num_rows_of(batch)
+    def _whole(self, inputs: Inputs) -> MicroBatch:
+        cells = self._cells(inputs)
         return MicroBatch(
-            inputs=dict(batch),
-            num_rows=collate.num_rows_of(batch),
-            num_items=self.num_items(dict(batch)),
+            inputs=inputs,
+            num_rows=collate.num_rows_of(inputs),
+            num_items=self.num_items(dict(inputs)),
             cells=cells,
             tokens=cells,
         )
+
+    def _cells(self, inputs: Inputs) -> int:
+        return self._num_cells(inputs) or collate.num_rows_of(inputs)
 
     def _weighed(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         weighed = weigh(micro_batches, self.ranks, self._filler)
@@ -323,6 +387,16 @@ def _is_alike(row: Any, other: Any) -> bool:
     if not isinstance(row, Mapping):
         return True
     return bool(row.keys() == other.keys() and row.get("dataset_name") == other.get("dataset_name"))
+
+
+def _inputs(batch: Any) -> Inputs:
+    """A batch of the user's own loader."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"get_train_dataloader returned a batch of type {type(batch).__name__}: a batch must be a dictionary of "
+            "the model's inputs. Return one from your collator, or build on super().get_train_dataloader()."
+        )
+    return dict(batch)
 
 
 def _longest(sizes: Ints) -> int:

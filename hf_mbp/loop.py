@@ -2,8 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +17,7 @@ from hf_mbp.distributed import Ranks
 from hf_mbp.items import checked_count, items_of
 from hf_mbp.plan import Budget, Ints, as_sizes, check_max_tokens, too_long_message
 from hf_mbp.probe import LossTraits
+from hf_mbp.recovery import Backward, Fault, Recovery
 from hf_mbp.sizing import cost_of
 from hf_mbp.step import MicroBatch, RowFunctions, in_place, run_micro_batches, split_mini_batch, weigh
 
@@ -34,6 +35,9 @@ class MiniBatchReport:
         num_micro_batches: that the rows of this rank were split into.
         cells: padded tokens that this rank has computed.
         tokens: those of them that are not padding.
+        max_tokens: most padded tokens a micro-batch could have: as asked, or less if memory ran out. Ask for this many
+            from then on.
+        oom_retries: how often memory ran out, and the mini-batch was run again in smaller micro-batches.
     """
 
     loss: float
@@ -41,6 +45,8 @@ class MiniBatchReport:
     num_micro_batches: int
     cells: int
     tokens: int
+    max_tokens: int
+    oom_retries: int
 
     @property
     def padding_fraction(self) -> float:
@@ -81,12 +87,15 @@ def run_mini_batch(
             found out by trying, once for each model; say it if a model has several losses.
         accumulate_in_fp32: sum the gradients of bfloat16 and float16 parameters in float32, and round once at the end.
 
+    If memory runs out, the mini-batch is run again from its start, in smaller micro-batches; not under DeepSpeed.
+
     A mini-batch without any items leaves no gradient, and under fp16 one that makes the scaler skip the step.
 
     Raises:
         ValueError: there are no rows, `max_tokens` is not positive, the accelerator accumulates gradients itself,
             or `accumulate_in_fp32` is asked for under FSDP or DeepSpeed.
         TypeError: `rows` is no list of rows, or `loss` returns something else than a number with a gradient.
+        MemoryError: a single row does not fit.
 
     Example: `scripts/accelerate_loop.py`.
     """
@@ -108,16 +117,20 @@ def run_mini_batch(
         is_compiled=wrapped.compiles(accelerator, model),
     )
     sizes = loop.sizes(rows, row_length)
-    budget, longest = Budget(max_tokens=max_tokens), int(sizes.sum(axis=1).max())
-    if not budget.fits(1, longest):
-        warnings.warn(too_long_message(longest, budget.tokens_at(longest)), stacklevel=2)
+    longest = int(sizes.sum(axis=1).max())
+    if longest > max_tokens:
+        warnings.warn(too_long_message(longest, max_tokens), stacklevel=2)
     count = loop.num_items if num_items is None else num_items
     functions = RowFunctions(
         collate=loop.collate, num_items=lambda inputs: checked_count(count(inputs)), num_cells=loop.num_cells
     )
-    ranks, cost = Ranks(accelerator), cost_of(base, accelerator.device)
-    micro_batches = split_mini_batch(rows, sizes, budget=budget, cost=cost, functions=functions, ranks=ranks)
-    return _report(micro_batches, loop.run(weigh(micro_batches, ranks)), ranks)
+    ranks = Ranks(accelerator)
+    split = partial(
+        split_mini_batch, rows, sizes, cost=cost_of(base, accelerator.device), functions=functions, ranks=ranks
+    )
+    mini_batch = _MiniBatch(split, ranks, max_tokens, can_checkpoint=compat.can_checkpoint(base))
+    loss_value = loop.run(mini_batch, ranks)
+    return mini_batch.report(loss_value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,25 +179,94 @@ class _Loop:
             return self.loss(on_device)
 
     def backward(self, micro_batch: MicroBatch) -> torch.Tensor:
-        value = self.value(micro_batch.inputs)
-        _require_scalar(value)
-        self.accelerator.backward(value * micro_batch.weight)
+        with compat.checkpointed(self.base) if micro_batch.is_checkpointed else nullcontext():
+            value = self.value(micro_batch.inputs)
+            _require_scalar(value)
+            self.accelerator.backward(value * micro_batch.weight)
         return value.detach() * micro_batch.weight
 
-    def run(self, micro_batches: list[MicroBatch]) -> float:
+    def run(self, mini_batch: "_MiniBatch", ranks: Ranks) -> float:
         """Forward and backward of all that are not idle; the sum of their weighted losses."""
-        if all(micro_batch.is_idle for micro_batch in micro_batches):
+        if wrapped.recovers(self.accelerator):
+            recovery = Recovery(ranks, lambda: [self.base, self.model])
+            first, again = mini_batch.plan(), mini_batch.plan_again
+            loss = recovery.run(first, self.attempt, self.backward, plan_again=again)
+        else:
+            loss = self.attempt(mini_batch.plan(), self.backward)
+        if all(micro_batch.is_idle for micro_batch in mini_batch.micro_batches):
             compat.void_step(self.accelerator, self.base)
-            return 0.0
-        locally = partial(compat.local_gradients, self.accelerator, self.model)
-        return float(run_micro_batches(micro_batches, self.backward, defer_sync=locally, summing=self.summing()))
+        elif (replicated := wrapped.replicated_in(self.model)) is not None:
+            wrapped.reduce_gradients(replicated)
+        return float(loss)
+
+    def attempt(self, micro_batches: list[MicroBatch], backward: Backward) -> torch.Tensor:
+        if all(micro_batch.is_idle for micro_batch in micro_batches):
+            return torch.zeros((), device=self.accelerator.device)
+        return run_micro_batches(
+            micro_batches,
+            backward,
+            defer_sync=partial(compat.local_gradients, self.accelerator, self.model),
+            syncs_last=wrapped.replicated_in(self.model) is None,
+            summing=self.summing(),
+        )
 
     def summing(self) -> Callable[[bool], AbstractContextManager[Any]]:
         half = half_precision(self.base.parameters()) if self.accumulates_in_fp32 else []
         if not half:
             return in_place
-        sums, is_reduced = Float32Sums(), self.accelerator.num_processes > 1
-        return lambda is_last: sums.around(half, is_complete=is_last, is_reduced=is_reduced)
+        sums = Float32Sums()
+        return lambda is_last: sums.around(half, is_complete=is_last)
+
+
+class _MiniBatch:
+    """The rows of one call, and the micro-batches that they are split into."""
+
+    def __init__(
+        self, split: Callable[..., list[MicroBatch]], ranks: Ranks, max_tokens: int, *, can_checkpoint: bool
+    ) -> None:
+        self.micro_batches: list[MicroBatch] = []
+        self._split = split
+        self._ranks = ranks
+        self._max_tokens = max_tokens
+        self._can_checkpoint = can_checkpoint
+        self._checkpoint_from: int | None = None
+        self._retries = 0
+
+    def plan(self) -> list[MicroBatch]:
+        split = weigh(self._split(budget=Budget(max_tokens=self._max_tokens)), self._ranks)
+        self.micro_batches = [replace(mb, is_checkpointed=self._is_checkpointed(mb)) for mb in split]
+        return self.micro_batches
+
+    def plan_again(self, faults: list[Fault]) -> list[MicroBatch]:
+        self._retries += 1
+        for fault in faults:
+            if fault.rows > 1:
+                self._max_tokens = min(self._max_tokens, max(1, fault.rows * fault.width // 2))
+            elif self._can_checkpoint and not fault.is_checkpointed:
+                self._checkpoint_from = min(self._checkpoint_from or fault.width, fault.width)
+            else:
+                raise MemoryError(
+                    f"A row of {fault.width:,} tokens does not fit the memory by itself ({fault.reason}). Shorten such "
+                    "rows, or take a smaller model or dtype."
+                )
+        return self.plan()
+
+    def _is_checkpointed(self, micro_batch: MicroBatch) -> bool:
+        from_width = self._checkpoint_from
+        return from_width is not None and micro_batch.num_rows == 1 and micro_batch.cells >= from_width
+
+    def report(self, loss: float) -> MiniBatchReport:
+        run = self.micro_batches
+        gathered = self._ranks.gather(loss, sum(micro_batch.num_items for micro_batch in run))
+        return MiniBatchReport(
+            loss=sum(row[0] for row in gathered) / self._ranks.count,
+            num_items=sum(row[1] for row in gathered),
+            num_micro_batches=sum(micro_batch.num_rows > 0 for micro_batch in run),
+            cells=sum(micro_batch.cells for micro_batch in run),
+            tokens=sum(micro_batch.tokens for micro_batch in run),
+            max_tokens=self._max_tokens,
+            oom_retries=self._retries,
+        )
 
 
 def _refuse(rows: Sequence[Any], accelerator: Any, max_tokens: int) -> None:
@@ -215,14 +297,3 @@ def _named(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"one of shape {list(value.shape)}" + ("" if value.requires_grad else " without a gradient")
     return f"a {type(value).__name__}"
-
-
-def _report(micro_batches: list[MicroBatch], loss: float, ranks: Ranks) -> MiniBatchReport:
-    gathered = ranks.gather(loss, sum(micro_batch.num_items for micro_batch in micro_batches))
-    return MiniBatchReport(
-        loss=sum(row[0] for row in gathered) / ranks.count,
-        num_items=sum(row[1] for row in gathered),
-        num_micro_batches=len(micro_batches),
-        cells=sum(micro_batch.cells for micro_batch in micro_batches),
-        tokens=sum(micro_batch.tokens for micro_batch in micro_batches),
-    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hf_mbp.distributed import Ranks
 from hf_mbp.plan import Ints
+from hf_mbp.recovery import Fault
 from hf_mbp.step import MicroBatch
 
 MEASURED = ("mbp_tokens_per_second", "mbp_peak_memory_bytes")
@@ -34,6 +35,7 @@ class Counts:
     unsplit_cells: int = 0
     seconds: float = 0.0
     collation_seconds: float = 0.0
+    oom_retries: int = 0
 
     def add(self, other: "Counts") -> None:
         """Adds another count to this one."""
@@ -74,6 +76,7 @@ class StepReport:
         """Forgets all steps."""
         self.since_log = Counts()
         self.total = Counts()
+        self._planned = Counts()
         self.max_tokens = 0
         self._started: float | None = None
 
@@ -83,7 +86,8 @@ class StepReport:
         self._started = time.perf_counter()
 
     def stop_clock(self) -> None:
-        """Stops the clock, if it runs; to be called before stock logs, evaluates and saves."""
+        """Ends a step, and stops its clock; to be called before stock logs, evaluates and saves."""
+        self._count_planned()
         if self._started is not None:
             self.since_log.seconds += time.perf_counter() - self._started
             self._started = None
@@ -107,21 +111,25 @@ class StepReport:
             "MBPConfig(collate_in='workers') with dataloader_num_workers runs it beside the training."
         )
 
-    def add_step(self, micro_batches: list[MicroBatch], batches: list[Ints], max_tokens: int) -> None:
-        """Notes the micro-batches of a step and, to compare, the row sizes of its batches as they were read."""
+    def plan_step(self, micro_batches: list[MicroBatch], batches: list[Ints], max_tokens: int) -> None:
+        """Notes the micro-batches of a step and, to compare, the row sizes of its batches as they were read.
+
+        A step that is planned again counts once, as it is run in the end.
+        """
         self.max_tokens = max_tokens
-        self.since_log.add(
-            Counts(
-                steps=1,
-                micro_batches=len(micro_batches),
-                cells=sum(micro_batch.cells for micro_batch in micro_batches),
-                tokens=sum(micro_batch.tokens for micro_batch in micro_batches),
-                unsplit_cells=sum(int(len(sizes) * sizes.max(axis=0).sum()) for sizes in batches),
-            )
-        )
+        self._planned = counts_of(micro_batches, batches)
+
+    def retry(self) -> None:
+        """Notes that memory ran out, and the step is run again."""
+        self.since_log.oom_retries += 1
+
+    def _count_planned(self) -> None:
+        self.since_log.add(self._planned)
+        self._planned = Counts()
 
     def flush(self, ranks: Ranks, peak_bytes: int) -> dict[str, float]:
         """Log entries for the steps since the last call; to be called by all ranks."""
+        self._count_planned()
         self.total.add(self.since_log)
         counts, self.since_log = self.since_log.over(ranks), Counts()
         return {
@@ -132,11 +140,12 @@ class StepReport:
             "mbp_tokens": counts.tokens,
             "mbp_max_tokens": self.max_tokens,
             "mbp_peak_memory_bytes": peak_bytes,
-            "mbp_oom_retries": 0,
+            "mbp_oom_retries": counts.oom_retries,
         }
 
     def totals(self, ranks: Ranks) -> dict[str, float]:
         """Metrics of the whole run, for the end of training; to be called by all ranks."""
+        self._count_planned()
         self.total.add(self.since_log)
         counts, self.since_log = self.total.over(ranks), Counts()
         return {
@@ -146,18 +155,42 @@ class StepReport:
             "mbp_padding_fraction": counts.padding_fraction,
             "mbp_padding_fraction_unsplit": counts.padding_fraction_unsplit,
             "mbp_tokens_per_second": counts.tokens_per_second,
+            "mbp_oom_retries": counts.oom_retries,
         }
+
+
+def counts_of(micro_batches: list[MicroBatch], batches: list[Ints]) -> Counts:
+    """Of one step, in micro-batches, whose rows were read in batches of the given sizes."""
+    return Counts(
+        steps=1,
+        micro_batches=len(micro_batches),
+        cells=sum(micro_batch.cells for micro_batch in micro_batches),
+        tokens=sum(micro_batch.tokens for micro_batch in micro_batches),
+        unsplit_cells=sum(int(len(sizes) * sizes.max(axis=0).sum()) for sizes in batches),
+    )
 
 
 def start_line(num_rows: int, micro_batches: list[MicroBatch], sizes: list[Ints], budget: str, check: str) -> str:
     """What will happen, in words, from the first step."""
-    counts = StepReport()
-    counts.add_step(micro_batches, sizes, 0)
-    step = counts.since_log
+    step = counts_of(micro_batches, sizes)
     return (
         f"hf_mbp: {num_rows:,} rows a step run as {len(micro_batches):,} micro-batches ({budget}). "
         f"Padding in the first step: {step.padding_fraction:.1%} of {step.cells:,} cells; "
         f"{step.padding_fraction_unsplit:.1%} of {step.unsplit_cells:,} without splitting. {check}"
+    )
+
+
+def retry_line(step: int, faults: list[Fault], micro_batches: list[MicroBatch]) -> str:
+    """What happened when memory ran out, and what is done about it."""
+    fault = next((fault for fault in faults if fault.reason), faults[0])
+    where = f" on process {fault.rank}" if fault.rank else ""
+    reason = f" ({fault.reason})" if fault.reason else ""
+    how = f"in {len(micro_batches):,} micro-batches"
+    if any(micro_batch.is_checkpointed for micro_batch in micro_batches):
+        how += ", those of the longest rows with activation checkpointing"
+    return (
+        f"hf_mbp: step {step}: no memory{where} for a micro-batch of {fault.rows:,} x {fault.width:,} tokens{reason}. "
+        f"The step is run again from its start, {how}."
     )
 
 

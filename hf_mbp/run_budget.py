@@ -22,10 +22,16 @@ class RunBudget:
         self._trainer = trainer
         self._ranks = ranks
         self._budget: Budget | None = None
+        self._checkpoint_from: int | None = None
 
     def forget(self) -> None:
         """For a new run."""
         self._budget = None
+
+    @property
+    def settled(self) -> Budget | None:
+        """The budget as it is now, if it was needed yet."""
+        return self._budget
 
     def settle(self, rows: list[Any], sizes: Ints) -> Budget:
         """The budget: as asked, as kept, or sized from memory on `rows` of the first step."""
@@ -40,6 +46,22 @@ class RunBudget:
             self._budget = self._budget or self._new(rows, sizes)
             states[STATE_KEY] = {"options": options, "budget": asdict(self._budget)}
         return self._budget
+
+    def shrink(self, rows: int, width: int) -> None:
+        """Makes the budget so small that a micro-batch `[rows, width]` no longer fits."""
+        budget = self._budget or Budget()
+        if budget.max_bytes is None:
+            self._budget = replace(budget, max_tokens=max(1, rows * width // 2))
+        else:
+            self._budget = replace(budget, max_bytes=float(budget.bytes(rows, width)) / 2)
+
+    def checkpoint_from(self, width: int) -> None:
+        """Has rows of this width and more run with activation checkpointing, when they run alone."""
+        self._checkpoint_from = width
+
+    def is_checkpointed(self, rows: int, width: int) -> bool:
+        """Whether a micro-batch runs with activation checkpointing."""
+        return rows == 1 and self._checkpoint_from is not None and width >= self._checkpoint_from
 
     @contextmanager
     def hidden(self) -> Iterator[None]:

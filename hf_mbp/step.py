@@ -2,7 +2,7 @@
 
     1. `split_mini_batch`   the rows of the step -> a plan under the budget -> padded micro-batches, the longest first
     2. `weigh`              each micro-batch gets its share of the items that the loss averages over, on all ranks
-    3. `run_micro_batches`  one after the other: forward, backward; gradients are synchronised at the last
+    3. `run_micro_batches`  one after the other: forward, backward; gradients are synchronised at the last, or after it
 
 The gradients that are left are those of the whole mini-batch, because its loss is a mean over items (see `items.py`).
 Nothing here knows a Trainer.
@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,16 +27,19 @@ class MicroBatch:
     """Rows that run together, collated, on the host.
 
     `weight` is the share of the micro-batch times the number of ranks: gradients are averaged over the ranks, and the
-    share is of all their items together. An idle micro-batch has nothing to learn: it is not run, only counted.
+    share is of all their items together. An idle micro-batch has nothing to learn: it is not run, only counted. A
+    checkpointed one computes its activations again in the backward pass, and so takes less memory.
     """
 
     inputs: Inputs
+    rows: tuple[Any, ...] = ()
     num_rows: int
     num_items: float
     cells: int
     tokens: int
     weight: float = 0.0
     is_idle: bool = False
+    is_checkpointed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,7 @@ def collate_groups(
         micro_batches.append(
             MicroBatch(
                 inputs=inputs,
+                rows=tuple(rows[i] for i in group),
                 num_rows=len(group),
                 num_items=functions.num_items(inputs),
                 cells=cells,
@@ -127,17 +130,6 @@ def as_filler(micro_batch: MicroBatch) -> MicroBatch:
     return replace(micro_batch, inputs=inputs, num_rows=0, num_items=0, cells=0, tokens=0, weight=0.0)
 
 
-def deal(micro_batches: list[MicroBatch], num_piles: int) -> list[list[MicroBatch]]:
-    """The micro-batches, in order, in `num_piles` piles as even as can be; if some are empty, never the last.
-
-    Idle ones are not run, and lie on the first pile: so all ranks run equally many of each pile.
-    """
-    run = [micro_batch for micro_batch in micro_batches if not micro_batch.is_idle]
-    cuts = [len(run) * pile // num_piles for pile in range(num_piles + 1)]
-    first, *others = [run[start:end] for start, end in pairwise(cuts)]
-    return [[micro_batch for micro_batch in micro_batches if micro_batch.is_idle] + first, *others]
-
-
 def in_place(is_last: bool) -> AbstractContextManager[Any]:  # noqa: ARG001
     """Leaves it to the backward passes to add up gradients, in `.grad`."""
     return nullcontext()
@@ -148,6 +140,7 @@ def run_micro_batches(
     backward: Callable[[MicroBatch], torch.Tensor],
     *,
     defer_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    syncs_last: bool = True,
     summing: Callable[[bool], AbstractContextManager[Any]] = in_place,
 ) -> torch.Tensor:
     """Runs the micro-batches one after the other and leaves the sum of their weighted gradients.
@@ -155,7 +148,8 @@ def run_micro_batches(
     Args:
         micro_batches: at least one that is not idle.
         backward: forward and backward of one micro-batch; returns its weighted loss, detached.
-        defer_sync: a context in which gradients are added up locally; entered for all but the last.
+        defer_sync: a context in which gradients are added up locally.
+        syncs_last: whether the last is run outside of it, and synchronises the gradients of all.
         summing: a context that adds up what one backward pass leaves; asked for each, with whether it is the last.
 
     Returns:
@@ -170,7 +164,7 @@ def run_micro_batches(
         with defer_sync(), summing(False):
             part = _checked(backward(micro_batch), micro_batch)
         loss = part if loss is None else loss + part
-    with summing(True):
+    with nullcontext() if syncs_last else defer_sync(), summing(True):
         part = _checked(backward(last), last)
     return part if loss is None else loss + part
 

@@ -1,51 +1,24 @@
 """`MBPTrainer`: the Trainer of transformers, with each mini-batch run in exact micro-batches."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from itertools import chain
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Seq2SeqTrainer, Trainer
 
-from hf_mbp import collate, compat, items, loaders, memory, other_trainers, probe, refusals
-from hf_mbp.accumulation import Float32Sums, half_precision
-from hf_mbp.call_metrics import CallMetrics
+from hf_mbp import collate, compat, items, loaders, memory, other_trainers, refusals
 from hf_mbp.collate import Inputs
 from hf_mbp.config import MBPConfig
 from hf_mbp.distributed import Ranks
 from hf_mbp.feed import Feed
 from hf_mbp.report import MEASURED, StepReport
-from hf_mbp.step import MicroBatch, deal, in_place, run_micro_batches
+from hf_mbp.runner import MicroBatches, Runner
 from hf_mbp.watch import watched_ranks
 
 if TYPE_CHECKING:
     _Base = Any
 else:
     _Base = object
-
-
-IS_OPAQUE = (
-    "training_step gets the micro-batches of a step and not a dictionary of inputs. Override compute_loss, which gets "
-    "each of them; or put your training_step behind the mixin: class Mine(MBPMixin, YourTrainer)."
-)
-
-
-class MicroBatches:
-    """The micro-batches that stand in for one data loader batch in the stock training loop. Opaque, like `Rows`."""
-
-    def __init__(self, micro_batches: list[MicroBatch]) -> None:
-        self.micro_batches = micro_batches
-        self.idle = [micro_batch for micro_batch in micro_batches if micro_batch.is_idle]
-
-    def __contains__(self, key: object) -> bool:
-        return False
-
-    def __getitem__(self, key: object) -> Any:
-        raise TypeError(IS_OPAQUE)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(IS_OPAQUE if name in dir(dict) else name)
 
 
 class MBPMixin(_Base):
@@ -61,7 +34,8 @@ class MBPMixin(_Base):
     * `_inner_training_loop`: starts afresh what is found out about model, data and memory.
     * `get_train_dataloader`, `num_examples`: have the loader hand over rows that are not padded yet.
     * `get_batch_samples`: plans and pads the rows of a whole optimizer step.
-    * `training_step`: runs the micro-batches, each by the `training_step` of the next class.
+    * `training_step`: runs the micro-batches, each by the `training_step` of the next class; again, in smaller ones, if
+      memory runs out.
     * `log`, `_maybe_log_save_evaluate`: the `mbp_` entries, and the clock behind them.
     * `_finalize_training`: makes the last loss that of all ranks.
     * `_load_callback_state`: hides the budget, which a checkpoint keeps among the states of callbacks.
@@ -92,10 +66,9 @@ class MBPMixin(_Base):
         refusals.refuse_unsupported(self)
         self._ranks = Ranks(self.accelerator)
         self._report = StepReport()
-        self._sums = Float32Sums()
         self._logs_step = False
-        self._call_metrics = CallMetrics(self, self._ranks)
         self.mbp_feed = Feed(self, self._ranks, self._report)
+        self._runner = Runner(self, self.mbp_feed, self._ranks)
 
     # What users may override
 
@@ -141,7 +114,7 @@ class MBPMixin(_Base):
         refusals.warn_of_smaller_batch(self._batch_size_before, batch_size)
         self._batch_size_before = batch_size
         self.mbp_feed.restart()
-        self._sums.restart()
+        self._runner.restart()
         return super()._inner_training_loop(batch_size, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -162,46 +135,15 @@ class MBPMixin(_Base):
         if not batches:
             return [], None
         step = self.mbp_feed.whole_step(batches, num_batches)
-        piles = deal(self.mbp_feed.micro_batches(step) if step else [], len(batches))
-        return [MicroBatches(pile) for pile in piles], None
+        micro_batches = self.mbp_feed.micro_batches(step) if step else []
+        return [*(MicroBatches([]) for _ in batches[1:]), MicroBatches(micro_batches)], None
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Runs the micro-batches of a batch, one after the other; other inputs run as in the next class."""
-        step = super().training_step
-        if not isinstance(inputs, MicroBatches):
-            loss: torch.Tensor = step(model, inputs, num_items_in_batch)
-            return loss
-        for micro_batch in inputs.idle:
-            self._call_metrics.idle(micro_batch)
-        if len(inputs.idle) == len(inputs.micro_batches):
-            if self.accelerator.sync_gradients:  # only a step without any items runs none in its last batch
-                compat.void_step(self.accelerator, self.model)
-            return torch.zeros((), device=self.args.device)
-
-        def backward(micro_batch: MicroBatch) -> torch.Tensor:
-            with (
-                self._call_metrics.call(micro_batch),
-                compat.weighted_loss(self, micro_batch.weight, micro_batch.num_items, varies=self.mbp_feed.is_compiled),
-            ):
-                weighted: torch.Tensor = step(model, dict(micro_batch.inputs), None)
-            return weighted
-
-        loss = run_micro_batches(
-            inputs.micro_batches, backward, defer_sync=compat.sync_deferral(self, model), summing=self._summing()
-        )
-        if self.accelerator.sync_gradients:
-            self._call_metrics.merge()
+        """Runs the micro-batches of the step; other inputs run as in the next class."""
+        if isinstance(inputs, MicroBatches):
+            return self._runner.run(inputs, model, super().training_step)
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
-
-    def _summing(self) -> Callable[[bool], AbstractContextManager[Any]]:
-        """How the gradients of the micro-batches of one batch are added up; the sums last for the optimizer step."""
-        if not self.mbp_config.accumulate_in_fp32:
-            return in_place
-        half = half_precision(chain.from_iterable(module.parameters() for module in probe.modules_of(self)))
-        if not half:
-            return in_place
-        ends_step, is_reduced = self.accelerator.sync_gradients, self._ranks.count > 1
-        return lambda is_last: self._sums.around(half, is_complete=is_last and ends_step, is_reduced=is_reduced)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The stock logs, with the entries of micro-batch processing beside the training loss.

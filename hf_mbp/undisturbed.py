@@ -256,12 +256,11 @@ def kept_collator(collator: Any) -> Iterator[None]:
 @contextmanager
 def kept_generators(owner: Any) -> Iterator[None]:
     """Restores the states of the random generators among the attributes of a data set, which may transform its rows."""
-    restore = [_restorer(value) for value in getattr(owner, "__dict__", {}).values()]
+    put_back = remembered_generators(owner)
     try:
         yield
     finally:
-        for put_back in restore:
-            put_back()
+        put_back()
 
 
 def _restorer(generator: Any) -> Callable[[], Any]:
@@ -279,16 +278,30 @@ def _restorer(generator: Any) -> Callable[[], Any]:
 
 @contextmanager
 def kept_notes(trainer: Any) -> Iterator[None]:
-    """Restores what subclasses of the trainer note at each call of `compute_loss`, as those of TRL do.
-
-    Numbers of its own, such as counts of tokens, and `NOTES`.
-    """
-    before = {name: value for name, value in vars(trainer).items() if isinstance(value, (int, float))}
-    metrics = {name: copy.deepcopy(vars(trainer)[name]) for name in NOTES if name in vars(trainer)}
+    """Restores what subclasses of the trainer note at each call of `compute_loss`."""
+    put_back = remembered_notes(trainer)
     try:
         yield
     finally:
-        vars(trainer).update(before | metrics)
+        put_back()
+
+
+def remembered_notes(trainer: Any) -> Callable[[], None]:
+    """What puts back the notes of a trainer: numbers of its own, such as TRL's count of tokens, and `NOTES`."""
+    numbers = {name: value for name, value in vars(trainer).items() if isinstance(value, (int, float))}
+    notes = {name: copy.deepcopy(vars(trainer)[name]) for name in NOTES if name in vars(trainer)}
+    return lambda: vars(trainer).update(numbers | copy.deepcopy(notes))
+
+
+def remembered_generators(owner: Any) -> Callable[[], None]:
+    """What puts back the states of the random generators among the attributes of a collator or data set."""
+    restore = [_restorer(value) for value in getattr(owner, "__dict__", {}).values()]
+
+    def put_back() -> None:
+        for one in restore:
+            one()
+
+    return put_back
 
 
 @contextmanager

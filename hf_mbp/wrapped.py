@@ -109,3 +109,108 @@ def accepts(model: torch.nn.Module, argument: str) -> bool:
         base = base.get_base_model()
     parameters = inspect.signature(base.forward).parameters
     return argument in parameters or any(kind.kind == kind.VAR_KEYWORD for kind in parameters.values())
+
+
+def sequence_numbers() -> dict[str, int]:
+    """How many collectives this rank has made in each process group, by the group's name; empty on one process.
+
+    Every backend numbers them, so that its watchdog can compare the ranks.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return {}
+    groups: Any = torch.distributed.distributed_c10d._world.pg_map
+    return {group.group_name: group._get_sequence_number_for_group() for group in groups}
+
+
+def group_of_collective(operator: Any, arguments: tuple[Any, ...]) -> str | None:
+    """The name of the process group in which an operator communicates; `None` if it does not.
+
+    By the signatures of `torch.ops.c10d` (torch 2.11 to 2.13), of which `ProcessGroup` is the second or third argument.
+    """
+    if operator.namespace != "c10d":
+        return None
+    boxed: Any = arguments[_GROUP_ARGUMENTS[operator._opname]]
+    return str(torch.distributed.ProcessGroup.unbox(boxed).group_name)
+
+
+_GROUP_ARGUMENTS = {"allreduce_": 1, "broadcast_": 1, "barrier": 1} | dict.fromkeys(
+    ("allgather_", "_allgather_base_", "reduce_scatter_", "_reduce_scatter_base_"), 2
+)
+
+
+def without_communication(operator: Any, arguments: tuple[Any, ...]) -> Any:
+    """What a collective returns, with its outputs left as they are, and work that is done already."""
+    from torch._C._distributed_c10d import FakeWork
+
+    done = FakeWork().boxed()
+    return done if operator._opname == "barrier" else (arguments[0], done)
+
+
+def replicated_in(model: torch.nn.Module) -> torch.nn.parallel.DistributedDataParallel | None:
+    """The wrapper by which DDP reduces the gradients of a model; a compiled one keeps it in `_orig_mod`."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, torch.nn.parallel.DistributedDataParallel) else None
+
+
+def reduce_gradients(replicated: torch.nn.parallel.DistributedDataParallel) -> None:
+    """Has DDP average what lies in `.grad` over the ranks: a pass through its wrapper that computes nothing.
+
+    DDP reduces in hooks of a backward pass. Were that the pass of a micro-batch, and there were no memory for it, its
+    reducer could not be used again. So all micro-batches run without synchronisation, and this is the last pass. A
+    stand-in takes the place of the module, so that no hook of the user's sees it.
+    """
+    module = replicated.module
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if replicated.find_unused_parameters:  # those that no rank has used have to stay without a gradient
+        parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    replicated._modules["module"] = _UsesAll(parameters)
+    try:
+        replicated().backward()
+    finally:
+        replicated._modules["module"] = module
+
+
+class _UsesAll(torch.nn.Module):
+    """Depends on parameters that it does not own, with a gradient of zero for each."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        super().__init__()
+        self.used = parameters  # a list, so that they are not registered
+
+    def forward(self) -> torch.Tensor:
+        nothing: torch.Tensor = _Nothing.apply(*self.used)  # type: ignore[no-untyped-call]
+        return nothing
+
+
+class _Nothing(torch.autograd.Function):
+    """Zero, whatever the parameters are; their gradients are zeros that take no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.parameters = parameters
+        return torch.zeros((), device=parameters[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(parameter.new_zeros(()).expand(parameter.shape) for parameter in ctx.parameters)
+
+
+def sync_buffers_again(modules: list[torch.nn.Module]) -> None:
+    """Has DDP broadcast the buffers before the next forward pass, as it does once after each synchronisation."""
+    for module in modules:
+        if (replicated := replicated_in(module)) is not None:
+            replicated.require_forward_param_sync = True
+
+
+def reset_iteration(modules: list[torch.nn.Module]) -> None:
+    """Has FSDP2 forget a pass that was cut short, with the gradients it has gathered (torch 2.12)."""
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reset_iter_state()
+
+
+def recovers(accelerator: Any) -> bool:
+    """Whether a step can be run again after a pass was cut short: not by DeepSpeed, nor FSDP2 before torch 2.12."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return False
+    return accelerator.distributed_type != DistributedType.FSDP or hasattr(FSDPModule, "reset_iter_state")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from hf_mbp.step import (
     MicroBatch,
     RowFunctions,
     collate_groups,
-    deal,
     run_micro_batches,
     split_mini_batch,
     weigh,
@@ -346,22 +344,6 @@ def test_fillers_whose_loss_is_no_number_are_refused() -> None:
     micro_batches = weigh([micro_batch(0)], FakeRanks([1, 4.0]))
     with pytest.raises(ValueError, match=r"nothing to learn from in this step.*If num_items is overridden"):
         run_micro_batches(micro_batches, lambda _: torch.tensor(float("nan")))
-
-
-# deal
-
-
-@given(st.integers(0, 30), st.integers(0, 5), st.integers(1, 10))
-@quick
-def test_piles_keep_order_and_run_as_evenly_as_can_be(count: int, num_idle: int, num_piles: int) -> None:
-    run = [micro_batch(1, name=str(index)) for index in range(count)]
-    idle = [replace(micro_batch(0), is_idle=True)] * num_idle
-    piles = deal([*idle, *run], num_piles)
-    assert len(piles) == num_piles
-    assert [x for pile in piles for x in pile] == [*idle, *run]
-    lengths = [sum(not x.is_idle for x in pile) for pile in piles]
-    assert max(lengths) - min(lengths) <= 1
-    assert lengths[-1] or not run
 
 
 # run_micro_batches

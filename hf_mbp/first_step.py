@@ -1,0 +1,85 @@
+"""Survives running out of memory in the first step of an optimizer, which makes its states.
+
+An optimizer that stops halfway has stepped some parameters and not others. So their values are kept until it is done;
+the activations, which are gone by then, have left room for that. If there is none, the step is not protected.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from hf_mbp import compat
+from hf_mbp.memory import format_bytes
+from hf_mbp.out_of_memory import give_back_memory, is_out_of_memory, reason_of
+
+ONE_AT_A_TIME = {"foreach": False, "fused": False}
+"""Options by which optimizers of torch step one parameter after the other, with less memory for what lies between."""
+
+
+def protect_first_step(optimizer: Any) -> None:
+    """Has the next step of an optimizer without states, prepared by Accelerate or not, start again if memory runs out.
+
+    Raises, at that step:
+        MemoryError: the states do not fit.
+    """
+    if not optimizer.state:
+        compat.replace_next_call(optimizer, "step", partial(_step, optimizer))
+
+
+def _step(optimizer: Any, step: Any, *args: Any, **kwargs: Any) -> Any:
+    kept = _kept(optimizer)
+    try:
+        return step(*args, **kwargs)
+    except Exception as error:
+        if kept is None or not is_out_of_memory(error):
+            raise
+    _put_back(optimizer, kept)
+    del kept
+    give_back_memory()
+    return _one_at_a_time(optimizer, step, *args, **kwargs)
+
+
+def _kept(optimizer: Any) -> list[tuple[dict[str, Any], list[torch.Tensor]]] | None:
+    """The options and values of each parameter group; `None` if there is no memory for it."""
+    try:
+        with torch.no_grad():
+            return [(dict(group), [p.detach().clone() for p in _stepped(group)]) for group in optimizer.param_groups]
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
+def _stepped(group: dict[str, Any]) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in group["params"] if parameter.grad is not None]
+
+
+def _put_back(optimizer: Any, kept: list[tuple[dict[str, Any], list[torch.Tensor]]]) -> None:
+    optimizer.state.clear()
+    with torch.no_grad():
+        for group, (options, values) in zip(optimizer.param_groups, kept, strict=True):
+            group.update(options)
+            for parameter, value in zip(_stepped(group), values, strict=True):
+                parameter.copy_(value)
+
+
+def _one_at_a_time(optimizer: Any, step: Any, *args: Any, **kwargs: Any) -> Any:
+    options = [{name: group[name] for name in ONE_AT_A_TIME if name in group} for group in optimizer.param_groups]
+    try:
+        for group, before in zip(optimizer.param_groups, options, strict=True):
+            group.update({name: ONE_AT_A_TIME[name] for name in before})
+        return step(*args, **kwargs)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = reason_of(error)
+    finally:
+        for group, before in zip(optimizer.param_groups, options, strict=True):
+            group.update(before)
+    size = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in _stepped(group))
+    raise MemoryError(
+        f"There is no memory for the states of the optimizer ({reason}). The parameters that it trains take "
+        f"{format_bytes(size)}, and AdamW keeps two numbers for each: choose one that keeps less "
+        "(optim='adafactor', or 'sgd'), train fewer parameters (LoRA), or take a smaller model."
+    )

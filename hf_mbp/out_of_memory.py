@@ -1,0 +1,76 @@
+"""What running out of memory looks like on any device, and how memory is given back."""
+
+import ctypes
+import gc
+import re
+import sys
+from functools import cache
+from typing import Any
+
+import torch
+
+MESSAGES = (
+    "can't allocate memory",  # torch's allocator of CPU memory
+    "bad_alloc",  # C++ inside an operator
+    "out of memory",  # drivers and other backends: "CUDA error: out of memory", "MPS backend out of memory"
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""Parts of the messages of those errors that have no type of their own."""
+
+LENGTH_OF_REASON = 200
+"""Characters of an allocator's message that say what happened; what follows is advice of its own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that there was no memory, on the host or on a device.
+
+    Example:
+        >>> is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory.")), is_out_of_memory(RuntimeError("a bug"))
+        (True, False)
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    is_plain = isinstance(error, RuntimeError) and not isinstance(error, torch.distributed.DistError)
+    return is_plain and any(message in str(error) for message in MESSAGES)
+
+
+def reason_of(error: BaseException) -> str:
+    """The message of an out-of-memory error, short enough for a line.
+
+    Example:
+        >>> reason_of(RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate \
+memory: you tried to allocate 4000 bytes. Error code 12 (Cannot allocate memory)"))
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000 bytes"
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"^\[enforce fail at [^\]]*\]\s*\S*\s*", "", text)
+    text = re.sub(r"\. Error code 12.*$", "", text)
+    return text if len(text) <= LENGTH_OF_REASON else text[:LENGTH_OF_REASON].rsplit(" ", 1)[0] + " ..."
+
+
+def give_back_memory() -> None:
+    """Frees what nothing refers to any more, and hands cached memory back to the device and the system.
+
+    To be called outside of an `except` block: the traceback there holds the tensors of the pass that failed.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Hands the host memory that the C library keeps back to the system; does nothing where it is not glibc."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+@cache
+def _glibc() -> Any:
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "malloc_trim") else None

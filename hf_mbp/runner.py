@@ -1,0 +1,134 @@
+"""Runs the micro-batches of an optimizer step for one trainer, each by the trainer's own `training_step`."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+
+from hf_mbp import compat, probe, undisturbed, wrapped
+from hf_mbp.accumulation import Float32Sums, half_precision
+from hf_mbp.call_metrics import CallMetrics
+from hf_mbp.distributed import Ranks
+from hf_mbp.feed import Feed
+from hf_mbp.first_step import protect_first_step
+from hf_mbp.recovery import Backward, Fault, Recovery
+from hf_mbp.step import MicroBatch, in_place, run_micro_batches
+
+IS_OPAQUE = (
+    "training_step gets the micro-batches of a step and not a dictionary of inputs. Override compute_loss, which gets "
+    "each of them; or put your training_step behind the mixin: class Mine(MBPMixin, YourTrainer)."
+)
+
+
+class MicroBatches:
+    """What the stock loop gets in place of a batch: all micro-batches of the step in the last, none in the others.
+
+    Opaque, like `Rows`. All of them run together, so that all can be run again.
+    """
+
+    def __init__(self, micro_batches: list[MicroBatch]) -> None:
+        self.micro_batches = micro_batches
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+    def __getitem__(self, key: object) -> Any:
+        raise TypeError(IS_OPAQUE)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(IS_OPAQUE if name in dir(dict) else name)
+
+
+TrainingStep = Callable[..., torch.Tensor]
+"""`Trainer.training_step`, whoever overrides it."""
+
+
+class Runner:
+    """The steps of one trainer."""
+
+    def __init__(self, trainer: Any, feed: Feed, ranks: Ranks) -> None:
+        self._trainer = trainer
+        self._feed = feed
+        self._ranks = ranks
+        self._sums = Float32Sums()
+        self._call_metrics = CallMetrics(trainer, ranks)
+        self._recovery = Recovery(ranks, partial(probe.modules_of, trainer))
+        self._has_stepped = False
+
+    def restart(self) -> None:
+        """For a new run of training."""
+        self._sums.restart()
+        self._recovery.restart()
+        self._has_stepped = False
+
+    def run(self, batch: MicroBatches, model: torch.nn.Module, training_step: TrainingStep) -> torch.Tensor:
+        """Forward and backward of all the micro-batches; this rank's part of the loss."""
+        if not batch.micro_batches:
+            return torch.zeros((), device=self._ranks.device)
+        attempt = partial(self._attempt, model)
+        backward = partial(self._forward_and_backward, model, training_step)
+        if wrapped.recovers(self._trainer.accelerator):
+            plan_again = partial(self._plan_again, batch, undisturbed.remembered_notes(self._trainer))
+            loss = self._recovery.run(batch.micro_batches, attempt, backward, plan_again=plan_again)
+        else:
+            loss = attempt(batch.micro_batches, backward)
+        self._call_metrics.merge()
+        if all(micro_batch.is_idle for micro_batch in batch.micro_batches):
+            compat.void_step(self._trainer.accelerator, self._trainer.model)
+        else:
+            self._end(model)
+        return loss
+
+    def _attempt(self, model: torch.nn.Module, micro_batches: list[MicroBatch], backward: Backward) -> torch.Tensor:
+        self._call_metrics.restart()
+        self._sums.restart()
+        for micro_batch in micro_batches:
+            if micro_batch.is_idle:
+                self._call_metrics.idle(micro_batch)
+        if all(micro_batch.is_idle for micro_batch in micro_batches):
+            return torch.zeros((), device=self._ranks.device)
+        return run_micro_batches(
+            micro_batches,
+            backward,
+            defer_sync=compat.sync_deferral(self._trainer, model),
+            syncs_last=wrapped.replicated_in(model) is None,
+            summing=self._summing(),
+        )
+
+    def _forward_and_backward(
+        self, model: torch.nn.Module, training_step: TrainingStep, micro_batch: MicroBatch
+    ) -> torch.Tensor:
+        trainer = self._trainer
+        varies = self._feed.is_compiled
+        checkpointing = compat.checkpointed(trainer.model) if micro_batch.is_checkpointed else nullcontext()
+        with (
+            checkpointing,
+            self._call_metrics.call(micro_batch),
+            compat.weighted_loss(trainer, micro_batch.weight, micro_batch.num_items, varies=varies),
+        ):
+            return training_step(model, dict(micro_batch.inputs), None)
+
+    def _summing(self) -> Callable[[bool], AbstractContextManager[Any]]:
+        """How the gradients of the micro-batches are added up."""
+        if not self._trainer.mbp_config.accumulate_in_fp32:
+            return in_place
+        half = half_precision(chain.from_iterable(module.parameters() for module in probe.modules_of(self._trainer)))
+        return (lambda is_last: self._sums.around(half, is_complete=is_last)) if half else in_place
+
+    def _plan_again(
+        self, batch: MicroBatches, put_back_notes: Callable[[], None], faults: list[Fault]
+    ) -> list[MicroBatch]:
+        put_back_notes()
+        batch.micro_batches = self._feed.plan_again(faults)
+        return batch.micro_batches
+
+    def _end(self, model: torch.nn.Module) -> None:
+        """What is left to do before the optimizer steps: reducing the gradients, and seeing to its first step."""
+        if (replicated := wrapped.replicated_in(model)) is not None:
+            wrapped.reduce_gradients(replicated)
+        if not self._has_stepped and wrapped.recovers(self._trainer.accelerator):
+            protect_first_step(self._trainer.optimizer)
+        self._has_stepped = True
