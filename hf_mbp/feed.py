@@ -370,7 +370,7 @@ class Feed:
     def _warn_of_long_rows(self, budget: Budget, longest: int) -> int:
         """Cells that micro-batches of the longest rows may have; warns, once, if one row has more."""
         max_tokens = budget.tokens_at(longest)
-        if not budget.fits(1, longest) and self._is_first("long row"):
+        if not budget.fits(1, longest) and not self.budget.is_lowered and self._is_first("long row"):
             warnings.warn(too_long_message(longest, max_tokens), stacklevel=2)
         return max_tokens
 

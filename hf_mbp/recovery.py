@@ -205,12 +205,12 @@ class _Kept:
     module: torch.nn.Module
     name: str
     buffer: torch.Tensor
-    version: int
     copy: torch.Tensor
 
     @property
     def has_changed(self) -> bool:
-        return self.module._buffers.get(self.name) is not self.buffer or self.buffer._version != self.version
+        """By its values: batch normalisation changes its running means behind the back of their version."""
+        return self.module._buffers.get(self.name) is not self.buffer or not torch.equal(self.buffer, self.copy)
 
     def put_back(self) -> None:
         with torch.no_grad():
@@ -235,7 +235,7 @@ class ChangingBuffers:
             every = dict.fromkeys(module for held in modules for module in held.modules())
             named = [(module, name, buffer) for module in every for name, buffer in module._buffers.items()]
         return [
-            _Kept(module, name, buffer, buffer._version, buffer.clone())
+            _Kept(module, name, buffer, buffer.clone())
             for module, name, buffer in named
             if buffer is not None and (buffer.is_floating_point() or buffer.numel() == 1)
         ]

@@ -23,6 +23,7 @@ class RunBudget:
         self._ranks = ranks
         self._budget: Budget | None = None
         self._checkpoint_from: int | None = None
+        self.is_lowered = False
 
     def forget(self) -> None:
         """For a new run."""
@@ -50,6 +51,7 @@ class RunBudget:
     def shrink(self, rows: int, width: int) -> None:
         """Makes the budget so small that a micro-batch `[rows, width]` no longer fits."""
         budget = self._budget or Budget()
+        self.is_lowered = True
         if budget.max_bytes is None:
             self._budget = replace(budget, max_tokens=max(1, rows * width // 2))
         else:

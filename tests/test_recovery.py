@@ -1,0 +1,419 @@
+"""A mini-batch that runs out of memory is run again, and nobody can tell from the weights."""
+
+import copy
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertForSequenceClassification, LlamaForCausalLM, TrainerCallback
+
+from hf_mbp import MBPTrainer
+from hf_mbp.compat import can_checkpoint
+from hf_mbp.recovery import ChangingBuffers
+from tests.faults import MESSAGE, Faults
+from tests.helpers import (
+    Pad,
+    Recorder,
+    bert_config,
+    build,
+    llama_config,
+    masked_prefix,
+    mbp_trainer,
+    relative_error,
+    token_rows,
+    whole_gradients,
+    with_labels,
+)
+
+ROWS = with_labels(token_rows(16), lambda index, row: index % 3)
+
+
+def classifier(*, dropout: float = 0.0, **changes: Any) -> Any:
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return build(BertForSequenceClassification, bert_config(num_labels=3, **rates, **changes))
+
+
+LAYERS = {
+    "embeddings": lambda model: model.bert.embeddings,
+    "first layer": lambda model: model.bert.encoder.layer[0],
+    "last layer": lambda model: model.bert.encoder.layer[1],
+    "head": lambda model: model.classifier,
+}
+
+
+def trained(model: Any, folder: Path, faults: Faults | None = None, **changes: Any) -> Any:
+    """The trainer after its steps; gradients and logs are in `trainer.recorder`."""
+    recorder = Recorder()
+    trainer = mbp_trainer(
+        model,
+        ROWS,
+        folder,
+        **{
+            "check_at_start": False,
+            "logging_steps": 1,
+            "callbacks": [recorder, *changes.pop("callbacks", [])],
+            **changes,
+        },
+    )
+    trainer.recorder = recorder
+    if faults is not None:
+        faults.install(model)
+    trainer.train()
+    return trainer
+
+
+def retries(trainer: Any) -> float:
+    return sum(log["mbp_oom_retries"] for log in trainer.recorder.logs)
+
+
+# The update
+
+
+@pytest.mark.parametrize(
+    ("layer", "accumulation"), [("embeddings", 1), ("first layer", 4), ("last layer", 1), ("head", 1)]
+)
+@pytest.mark.parametrize("stage", ["forward", "backward"])
+def test_the_gradient_is_that_of_the_whole_batch(stage: str, layer: str, accumulation: int, tmp_path: Path) -> None:
+    """Wherever memory runs out, in any micro-batch."""
+    expected = whole_gradients(classifier(), lambda model: model(**Pad()(ROWS)).loss)[1]
+    options = {"max_tokens_per_micro_batch": 100}
+    undisturbed = trained(classifier(), tmp_path, **options)
+    count = int(undisturbed.recorder.logs[0]["mbp_micro_batches"])
+    assert 3 < count < 8
+    for position in range(count):
+        model = classifier()
+        faults = Faults(LAYERS[layer](model), stage, {position})
+        trainer = trained(
+            model,
+            tmp_path,
+            faults,
+            per_device_train_batch_size=16 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            train_sampling_strategy="sequential",
+            **options,
+        )
+        assert faults.raised == 1
+        assert retries(trainer) == 1
+        assert trainer.recorder.logs[0]["mbp_micro_batches"] > count
+        assert relative_error(expected, trainer.recorder.gradients[0]) < 1e-7
+        assert trainer.recorder.logs[0]["mbp_tokens"] == sum(len(row["input_ids"]) for row in ROWS)
+        assert trainer.recorder.logs[0]["loss"] == pytest.approx(undisturbed.recorder.logs[0]["loss"], rel=1e-7)
+
+
+@pytest.mark.parametrize("stage", ["forward", "backward"])
+def test_with_dropout_it_is_a_run_of_the_same_plan_bit_for_bit(stage: str, tmp_path: Path) -> None:
+    """The first micro-batch has 64 tokens at most: after it has failed, it is as if half had been asked for."""
+    model = classifier(dropout=0.3)
+    faults = Faults(model.bert.encoder.layer[1], stage, {0})
+    recovered = trained(model, tmp_path, faults, max_steps=3)
+    assert retries(recovered) == 1
+    half = recovered.recorder.logs[0]["mbp_max_tokens"]
+    assert half <= 32
+    same_plan = trained(classifier(dropout=0.3), tmp_path, max_steps=3, max_tokens_per_micro_batch=int(half))
+    other_plan = trained(classifier(dropout=0.3), tmp_path, max_steps=3)
+    weights = [trainer.model.state_dict() for trainer in (recovered, same_plan, other_plan)]
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+    assert not torch.equal(weights[0]["classifier.weight"], weights[2]["classifier.weight"])
+    assert [log["loss"] for log in recovered.recorder.logs] == [log["loss"] for log in same_plan.recorder.logs]
+
+
+def test_several_faults_in_one_step(tmp_path: Path) -> None:
+    expected = whole_gradients(classifier(), lambda model: model(**Pad()(ROWS)).loss)[1]
+    model = classifier()
+    faults = Faults(model.bert.encoder.layer[0], "backward", {0, 1, 4})
+    trainer = trained(model, tmp_path, faults)
+    assert (faults.raised, retries(trainer)) == (3, 3)
+    assert relative_error(expected, trainer.recorder.gradients[0]) < 1e-7
+
+
+def test_every_row_is_used_once_in_the_run_that_counts(tmp_path: Path) -> None:
+    model = classifier()
+    faults = Faults(model.classifier, "backward", {2})
+    trainer = trained(model, tmp_path, faults)
+    assert sum(faults.rows_seen[3:]) == len(ROWS)
+    assert sum(faults.rows_seen[:3]) < len(ROWS)
+    assert len(faults.rows_seen[3:]) == trainer.recorder.logs[0]["mbp_micro_batches"]
+
+
+def test_random_masks_are_drawn_again_as_at_first(tmp_path: Path) -> None:
+    """A collator with a generator of its own: a fault has not moved it on."""
+
+    class Masks(Pad):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(3)
+
+        def __call__(self, rows: list[Any]) -> Any:
+            inputs = super().__call__(rows)
+            hidden = torch.rand(inputs["input_ids"].shape, generator=self.generator) < 0.3
+            return {**inputs, "input_ids": inputs["input_ids"].masked_fill(hidden, 1)}
+
+    model = classifier()
+    faults = Faults(model.classifier, "forward", {0})
+    recovered = trained(model, tmp_path, faults, data_collator=Masks())
+    half = int(recovered.recorder.logs[0]["mbp_max_tokens"])
+    same = trained(classifier(), tmp_path, data_collator=Masks(), max_tokens_per_micro_batch=half)
+    assert torch.equal(recovered.model.classifier.weight, same.model.classifier.weight)
+
+
+class Normalised(nn.Module):
+    """A regression with batch normalisation, whose running means a forward pass changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(60, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, input_ids: Any, attention_mask: Any, labels: Any) -> dict[str, Any]:
+        mask = attention_mask[..., None].double()
+        pooled = (self.embedding(input_ids) * mask).sum(1) / mask.sum(1)
+        output = self.head(self.norm(pooled))[:, 0]
+        return {"loss": (output - labels.double()).square().mean()}
+
+
+def test_running_means_are_put_back(tmp_path: Path) -> None:
+    def build_normalised() -> Normalised:
+        torch.manual_seed(0)
+        return Normalised().double()
+
+    options = {"max_steps": 2, "max_tokens_per_micro_batch": 256}
+    model = build_normalised()
+    faults = Faults(model.head, "backward", {1})
+    recovered = trained(model, tmp_path, faults, **options)
+    assert faults.raised == 1
+    half = int(recovered.recorder.logs[0]["mbp_max_tokens"])
+    same = trained(build_normalised(), tmp_path, **{**options, "max_tokens_per_micro_batch": half})
+    for name, value in same.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_only_buffers_that_change_are_copied_after_the_first_mini_batch() -> None:
+    model = Normalised().double()
+    model.register_buffer("table", torch.ones(1000))
+    model.register_buffer("quantized", torch.ones(1000, dtype=torch.int8))
+    buffers = ChangingBuffers()
+    first = buffers.copies([model])
+    assert {kept.name for kept in first} == {"running_mean", "running_var", "num_batches_tracked", "table"}
+    rows = Pad()(ROWS)
+    model(**rows)
+    buffers.learn(first)
+    assert {kept.name for kept in buffers.copies([model])} == {"running_mean", "running_var", "num_batches_tracked"}
+
+
+class Notes(MBPTrainer):
+    """Notes a metric at each call, and a count, as the trainers of TRL do."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": {"rows": []}}
+        self._total_train_tokens = 0
+
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        self._metrics["train"].setdefault("rows", []).append(float(len(inputs["input_ids"])))
+        self._total_train_tokens += int(inputs["attention_mask"].sum())
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+def test_what_a_trainer_notes_is_rolled_back(tmp_path: Path) -> None:
+    model = classifier()
+    faults = Faults(model.classifier, "backward", {0})
+    recovered = trained(model, tmp_path, faults, trainer_class=Notes)
+    half = int(recovered.recorder.logs[0]["mbp_max_tokens"])
+    same = trained(classifier(), tmp_path, trainer_class=Notes, max_tokens_per_micro_batch=half)
+    assert recovered._metrics == same._metrics
+    assert len(recovered._metrics["train"]["rows"]) == 1
+    assert recovered._total_train_tokens == sum(len(row["input_ids"]) for row in ROWS)
+
+
+# What happens when
+
+
+def test_memory_is_given_back_before_the_next_attempt(tmp_path: Path) -> None:
+    model = classifier()
+    faults = Faults(model.bert.encoder.layer[1], "backward", {0})
+    alive = []
+
+    def look(*_: Any) -> None:
+        if faults.raised and not alive:
+            alive.extend(output() is not None for output in faults.failed_outputs)
+
+    gc.disable()  # nothing but the recovery itself may free the failed pass
+    try:
+        model.register_forward_pre_hook(look)
+        trained(model, tmp_path, faults)
+    finally:
+        gc.enable()
+    assert alive == [False]
+
+
+def test_one_line_says_what_happened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = classifier()
+    trained(model, tmp_path, Faults(model.classifier, "forward", {1}))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no memory" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("hf_mbp: step 1: no memory for a micro-batch of ")
+    assert MESSAGE in lines[0]
+    assert "The step is run again from its start, in " in lines[0]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), ValueError("out of memory"), KeyboardInterrupt()])
+def test_other_errors_pass_untouched(error: BaseException, tmp_path: Path) -> None:
+    model, calls = classifier(), []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        raise error
+
+    model.classifier.register_forward_hook(fail)
+    with pytest.raises(type(error)) as caught:
+        trained(model, tmp_path)
+    assert caught.value is error
+    assert len(calls) == 1
+
+
+def test_batches_of_a_loader_of_ones_own_are_halved(tmp_path: Path) -> None:
+    class Ready(MBPTrainer):
+        def get_train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(ROWS, batch_size=16, collate_fn=Pad())
+
+    expected = whole_gradients(classifier(), lambda model: model(**Pad()(ROWS)).loss)[1]
+    model = classifier()
+    faults = Faults(model.bert.encoder.layer[0], "backward", {0, 2})
+    trainer = trained(model, tmp_path, faults, trainer_class=Ready)
+    assert faults.rows_seen == [16, 8, 8, 4, 4, 4, 4]
+    assert relative_error(expected, trainer.recorder.gradients[0]) < 1e-7
+
+
+# A row that does not fit alone
+
+
+def needs_checkpointing(layer: Any, longest: int) -> Any:
+    """Spares what is shorter, and what is checkpointed."""
+    return lambda output: output.shape[1] < longest or layer.gradient_checkpointing
+
+
+@pytest.mark.parametrize("stage", ["forward", "backward"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_row_too_long_runs_with_activation_checkpointing(
+    dropout: float, stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*ROWS[:15], {**ROWS[15], "input_ids": [7] * 50, "attention_mask": [1] * 50}]
+    gradients = []
+    for faulty in (False, True):
+        model = classifier(dropout=dropout)
+        layer = model.bert.encoder.layer[0]
+        faults = Faults(layer, stage, set(range(100)) if faulty else set(), needs_checkpointing(layer, 50))
+        recorder = Recorder()
+        trainer = mbp_trainer(model, rows, tmp_path, check_at_start=False, callbacks=[recorder])
+        checkpointed: list[tuple[int, bool]] = []
+        layer.register_forward_pre_hook(
+            lambda module, inputs, seen=checkpointed: seen.append((inputs[0].shape[1], module.gradient_checkpointing))
+        )
+        faults.install(model)
+        trainer.train()
+        assert faults.raised == faulty
+        gradients.append(recorder.gradients[0])
+        assert recorder.logs[0]["mbp_oom_retries"] == faulty
+    assert relative_error(*gradients) == 0
+    assert {width for width, is_checkpointed in checkpointed if is_checkpointed} == {50}
+    assert can_checkpoint(model)  # it is off again
+    assert "with activation checkpointing" in capsys.readouterr().out
+
+
+def test_a_row_that_fits_in_no_way_is_named_and_the_run_is_saved(tmp_path: Path) -> None:
+    rows = copy.deepcopy(ROWS)
+    model = build(LlamaForCausalLM, llama_config())
+    causal = with_labels(token_rows(16), masked_prefix)
+    causal[11] = {"input_ids": [9] * 61, "attention_mask": [1] * 61, "labels": [9] * 61}
+    assert len(rows) == 16
+    faults = Faults(model.model.layers[0], "forward", set(range(100)), lambda output: output.shape[1] < 61)
+    trainer = mbp_trainer(
+        model,
+        causal,
+        tmp_path,
+        check_at_start=False,
+        max_steps=8,
+        per_device_train_batch_size=4,
+        train_sampling_strategy="sequential",
+        save_strategy="steps",
+        save_steps=100,
+    )
+    faults.install(model)
+    with pytest.raises(MemoryError) as caught:
+        trainer.train()
+    message = str(caught.value)
+    assert message.startswith("Row 11 of train_dataset, of 61 tokens does not fit the memory by itself")
+    for part in ("with activation checkpointing", MESSAGE, "are free on cpu", "max_length", "checkpoint-2"):
+        assert part in message
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
+    saved = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-2", dtype=torch.float64).state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, saved[name]), "the step that failed has left something behind"
+
+
+def test_a_model_without_checkpointing_says_so(tmp_path: Path) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(60, 1)
+
+        def forward(self, input_ids: Any, attention_mask: Any, labels: Any) -> dict[str, Any]:
+            return {"loss": (self.embedding(input_ids).mean((1, 2)) - labels).square().mean()}
+
+    model = Plain().double()
+    faults = Faults(model.embedding, "forward", set(range(100)))
+    with pytest.raises(MemoryError, match=r"the model has no activation checkpointing"):
+        trained(model, tmp_path, faults)
+
+
+# The first step of the optimizer
+
+
+@pytest.mark.parametrize("failing", range(0, 30, 3))
+def test_the_first_step_of_the_optimizer_starts_again(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups of parameters: when the states of the second fail, the first has been stepped already."""
+    options = {"optim": "adamw_torch", "weight_decay": 0.1, "max_steps": 3}
+    expected = trained(classifier(), tmp_path, **options)
+    calls, real = [0], torch.zeros_like
+    inside = [False]
+
+    def zeros_like(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += inside[0]
+        if inside[0] and calls[0] == failing + 1:
+            raise torch.OutOfMemoryError(MESSAGE)
+        return real(*args, **kwargs)
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            inside[0] = True
+
+        def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            inside[0] = False
+
+    monkeypatch.setattr(torch, "zeros_like", zeros_like)
+    trainer = trained(classifier(), tmp_path, callbacks=[Watch()], **options)
+    assert calls[0] > 30  # the states were made after all, and the fault came
+    for name, value in expected.model.state_dict().items():
+        torch.testing.assert_close(trainer.model.state_dict()[name], value, rtol=0, atol=1e-9, msg=name)
+
+
+def test_states_that_never_fit_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError(MESSAGE)
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            monkeypatch.setattr(torch, "zeros_like", fail)
+
+    model = classifier()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(MemoryError, match=r"no memory for the states of the optimizer.*optim='adafactor'"):
+        trained(model, tmp_path, callbacks=[Watch()], optim="adamw_torch")
+    assert before.keys() == model.state_dict().keys()
