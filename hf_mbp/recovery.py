@@ -176,6 +176,7 @@ class Before:
     """What the gradients, the buffers that change, and the random states were before a mini-batch."""
 
     def __init__(self, modules: list[torch.nn.Module], buffers: "ChangingBuffers") -> None:
+        wrapped.reset_iteration(modules)  # or ranks that have reset it once would make other collectives than the rest
         self._modules = modules
         self._parameters = list(dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad))
         self._gradients = {p: p.grad.clone() for p in self._parameters if p.grad is not None}  # none as a rule

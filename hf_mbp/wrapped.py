@@ -203,7 +203,10 @@ def sync_buffers_again(modules: list[torch.nn.Module]) -> None:
 
 
 def reset_iteration(modules: list[torch.nn.Module]) -> None:
-    """Has FSDP2 forget a pass that was cut short, with the gradients it has gathered (torch 2.12)."""
+    """Has FSDP2 forget a pass that was cut short, with the gradients it has gathered (torch 2.12).
+
+    And forward passes that no backward pass followed, after which it gathers some parameters in vain.
+    """
     for module in modules:
         if isinstance(module, FSDPModule):
             module.reset_iter_state()

@@ -35,7 +35,7 @@ def points(strategy: str) -> dict[str, tuple[int, str, str, int]]:
         )
         for stage in ("forward", "backward")
         for number, layer in enumerate(layers)
-        for position in (0, 1, -1)
+        for position in (number % 2, -1)
     }
 
 
