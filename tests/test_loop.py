@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from transformers import BertForSequenceClassification, BertForTokenClassification, GPT2LMHeadModel, LlamaForCausalLM
 
 from hf_mbp import run_mini_batch
+from tests.faults import Faults
 from tests.helpers import (
     Pad,
     bert_config,
@@ -210,3 +211,31 @@ def test_a_negative_count_is_refused() -> None:
     rows = with_labels(plain_rows(), masked_prefix)
     with pytest.raises(ValueError, match="must return a number that is not negative, got -1"):
         run(build(LlamaForCausalLM, llama_config()), rows, num_items=lambda _: -1)
+
+
+# Running out of memory
+
+
+@pytest.mark.parametrize("stage", ["forward", "backward"])
+def test_a_mini_batch_is_run_again_when_memory_runs_out(stage: str) -> None:
+    """On top of a gradient that was there before."""
+    model, rows = build(LlamaForCausalLM, llama_config()), with_labels(plain_rows(16), masked_prefix)
+    expected = whole_gradients(model, lambda m: m(**Pad()(rows)).loss + m(**Pad()(rows[:5])).loss)[1]
+    run(model, rows[:5])
+    faults = Faults(model.model.layers[1], stage, {1}).install(model)
+    report = run(model, rows, max_tokens=100)
+    assert (faults.raised, report.oom_retries) == (1, 1)
+    assert report.max_tokens <= 50
+    assert relative_error(expected, gradients_of(model)) < 1e-7
+
+
+def test_a_row_that_does_not_fit_is_checkpointed_and_then_given_up() -> None:
+    model, rows = build(LlamaForCausalLM, llama_config()), with_labels(plain_rows(4), masked_prefix)
+    layer = model.model.layers[0]
+    faults = Faults(layer, "forward", set(range(100))).install(model)
+    with pytest.raises(
+        MemoryError, match=r"A row of \d+ tokens does not fit the memory by itself \(CUDA out of memory"
+    ):
+        run(model, rows, max_tokens=100)
+    assert faults.raised > 2
+    assert not layer.gradient_checkpointing

@@ -13,20 +13,24 @@ PROGRAM = """
 import resource, sys
 import psutil, torch
 from transformers import BertForSequenceClassification, Trainer
-from hf_mbp import MBPTrainer
+from hf_mbp import MBPConfig, MBPTrainer
 from tests.helpers import Pad, arguments, bert_config, token_rows, with_labels
 
 sizes = {"hidden_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 256}
 model = BertForSequenceClassification(bert_config(num_labels=2, **sizes))
-rows = with_labels(token_rows(256, low=200, high=256), lambda index, row: index % 2)
+kind = sys.argv[1]
+shortest = 256 if kind == "too large" else 200  # rows of one length run as one micro-batch, if they may
+rows = with_labels(token_rows(256, low=shortest, high=256), lambda index, row: index % 2)
 args = arguments(sys.argv[2], per_device_train_batch_size=256)
-trainer = {"stock": Trainer, "mbp": MBPTrainer}[sys.argv[1]](
-    model=model, args=args, train_dataset=rows, data_collator=Pad()
+options = {} if kind != "too large" else {"mbp_config": MBPConfig(max_tokens_per_micro_batch=10**6)}
+trainer = (Trainer if kind == "stock" else MBPTrainer)(
+    model=model, args=args, train_dataset=rows, data_collator=Pad(), **options
 )
 limit = psutil.Process().memory_info().vms + 700 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 trainer.train()
 print("trained on", trainer.state.global_step * 256, "rows")
+print("retries:", sum(log.get("mbp_oom_retries", 0) for log in trainer.state.log_history if "loss" in log))
 """
 
 
@@ -43,3 +47,13 @@ def test_what_does_not_fit_whole_trains_in_micro_batches(tmp_path: Path) -> None
     ours = run("mbp", tmp_path)
     assert "trained on 256 rows" in ours.stdout, ours.stderr[-2000:]
     assert "of activations" in ours.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is enforced on Linux only")
+def test_a_budget_that_does_not_fit_is_lowered_until_it_does(tmp_path: Path) -> None:
+    """The allocator itself fails here, in the middle of a step."""
+    ours = run("too large", tmp_path)
+    assert "trained on 256 rows" in ours.stdout, ours.stderr[-2000:]
+    assert "no memory for a micro-batch of 256 x 256 tokens (DefaultCPUAllocator" in ours.stdout
+    assert "can't allocate memory" in ours.stdout
+    assert "retries: 0" not in ours.stdout

@@ -76,7 +76,7 @@ class RunsOutOfMemory(TrainerCallback):
         self.fail("end", state.global_step)
 
 
-@pytest.mark.parametrize("where", ["begin", "forward", "end"])
+@pytest.mark.parametrize("where", ["begin", "end"])
 def test_auto_find_batch_size_starts_again_with_the_rows_of_stock(where: str, tmp_path: Path) -> None:
     def scenario(side: Side) -> tuple[Any, dict[str, float]]:
         trainer = side.trainer(auto_find_batch_size=True, callbacks=[RunsOutOfMemory(where)])
@@ -93,6 +93,23 @@ def test_auto_find_batch_size_starts_again_with_the_rows_of_stock(where: str, tm
     assert metrics["mbp_tokens"] == 2 * TOKENS
     assert_trained(weights(ours))
     assert_same_weights(weights(ours), weights(stock))
+
+
+def test_auto_find_batch_size_is_not_needed_in_a_forward_pass(tmp_path: Path) -> None:
+    """There memory runs out as a rule: stock starts again with fewer rows, we go on with as many as were asked for."""
+
+    def scenario(side: Side) -> tuple[Any, dict[str, torch.Tensor]]:
+        fails = side.trainer(auto_find_batch_size=True, callbacks=[RunsOutOfMemory("forward")])
+        fails.train()
+        undisturbed = side.trainer()
+        undisturbed.train()
+        return fails, weights(undisturbed)
+
+    (stock, _), (ours, undisturbed) = compared(tmp_path, scenario)
+    assert (stock._train_batch_size, ours._train_batch_size) == (14, 16)
+    assert (stock.state.global_step, ours.state.global_step) == (8, 6)
+    assert_trained(weights(ours))
+    assert_same_weights(weights(ours), undisturbed, within=1e-7)
 
 
 def test_auto_find_batch_size_changes_nothing_where_memory_suffices(tmp_path: Path) -> None:
