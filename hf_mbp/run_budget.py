@@ -27,6 +27,11 @@ class RunBudget:
         """For a new run."""
         self._budget = None
 
+    @property
+    def settled(self) -> Budget | None:
+        """The budget as it is now, if it was needed yet."""
+        return self._budget
+
     def settle(self, rows: list[Any], sizes: Ints) -> Budget:
         """The budget: as asked, as kept, or sized from memory on `rows` of the first step."""
         if self._budget is None:

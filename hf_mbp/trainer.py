@@ -14,6 +14,7 @@ from hf_mbp.call_metrics import CallMetrics
 from hf_mbp.collate import Inputs
 from hf_mbp.config import MBPConfig
 from hf_mbp.distributed import Ranks
+from hf_mbp.evaluation import Evaluation
 from hf_mbp.feed import Feed
 from hf_mbp.report import MEASURED, StepReport
 from hf_mbp.step import MicroBatch, deal, in_place, run_micro_batches
@@ -62,6 +63,8 @@ class MBPMixin(_Base):
     * `get_train_dataloader`, `num_examples`: have the loader hand over rows that are not padded yet.
     * `get_batch_samples`: plans and pads the rows of a whole optimizer step.
     * `training_step`: runs the micro-batches, each by the `training_step` of the next class.
+    * `prediction_step`, `evaluation_loop`: run evaluation batches in micro-batches, too, and keep what they return on
+      the host.
     * `log`, `_maybe_log_save_evaluate`: the `mbp_` entries, and the clock behind them.
     * `_finalize_training`: makes the last loss that of all ranks.
     * `_load_callback_state`: hides the budget, which a checkpoint keeps among the states of callbacks.
@@ -96,6 +99,7 @@ class MBPMixin(_Base):
         self._logs_step = False
         self._call_metrics = CallMetrics(self, self._ranks)
         self.mbp_feed = Feed(self, self._ranks, self._report)
+        self._evaluation = Evaluation(self, self._ranks)
 
     # What users may override
 
@@ -202,6 +206,27 @@ class MBPMixin(_Base):
             return in_place
         ends_step, is_reduced = self.accelerator.sync_gradients, self._ranks.count > 1
         return lambda is_last: self._sums.around(half, is_complete=is_last and ends_step, is_reduced=is_reduced)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock loop, whose batches `prediction_step` splits."""
+        with self._evaluation.loop():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any, Any]:
+        """Loss, logits and labels of a batch, run in micro-batches by the `prediction_step` of the next class."""
+        step = super().prediction_step
+
+        def run(part: Any) -> Any:
+            return step(model, part, prediction_loss_only, ignore_keys=ignore_keys, **kwargs)
+
+        return self._evaluation.step(run, inputs, prediction_loss_only=prediction_loss_only)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The stock logs, with the entries of micro-batch processing beside the training loss.
