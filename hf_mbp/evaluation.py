@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,10 +101,18 @@ class Evaluation:
             return self._whole(run, inputs)
         return self._split(run, batch, self._traits, generates=generates)
 
-    def _found_out(self, run: Run, batch: EvalBatch, *, generates: bool) -> EvalTraits:
-        self._trial = EvalTrial(self._trainer, self._ranks, run, self._preprocess, self._num_items, generates=generates)
-        with wrapped.eagerly(self._is_compiled):
-            traits = self._trial.traits(batch)
+    def _found_out(self, run: Any, batch: EvalBatch, *, generates: bool) -> EvalTraits:
+        """What may be split and cut; by the loss alone where tokens are generated, which takes as long for two rows."""
+        tried = partial(run, loss_only=True) if generates else run
+        self._trial = EvalTrial(self._trainer, self._ranks, tried, self._preprocess, self._num_items)
+        if generates and "labels" not in batch.inputs:
+            traits = EvalTraits(splits=True, cuts=batch.has_targets)
+        else:
+            with wrapped.eagerly(self._is_compiled):
+                traits = self._trial.traits(batch)
+        if generates:  # a decoder alone goes on behind the padding; and this prediction step counts no items
+            cuts = traits.cuts and batch.has_targets
+            traits = replace(traits, cuts=cuts, preprocesses=False, follows=[set(), set()], is_counted=False)
         if not traits.preprocesses and (traits.splits or self._ranks.count > 1):
             self._leave_preprocessing()
         if not traits.splits and batch.is_splittable and not self._is_warned:

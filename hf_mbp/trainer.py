@@ -223,8 +223,8 @@ class MBPMixin(_Base):
         """Loss, logits and labels of a batch, run in micro-batches by the `prediction_step` of the next class."""
         step = super().prediction_step
 
-        def run(part: Any) -> Any:
-            return step(model, part, prediction_loss_only, ignore_keys=ignore_keys, **kwargs)
+        def run(part: Any, loss_only: bool = prediction_loss_only) -> Any:
+            return step(model, part, loss_only, ignore_keys=ignore_keys, **kwargs)
 
         return self._evaluation.step(run, inputs, prediction_loss_only=prediction_loss_only)
 

@@ -421,6 +421,30 @@ def test_micro_batches_without_items_do_not_count(tmp_path: Path) -> None:
     assert split.metrics["test_loss"] == pytest.approx(whole.metrics["test_loss"], rel=1e-6)
 
 
+def weighted(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:  # noqa: ARG001
+    return torch.nn.functional.cross_entropy(outputs.logits, labels, weight=CLASS_WEIGHTS)
+
+
+CLASS_WEIGHTS = torch.tensor([0.1, 1.0, 30.0], dtype=torch.float64)
+
+
+class CountsWeights(MBPTrainer):
+    def num_items(self, micro_batch: Any) -> float:
+        return float(CLASS_WEIGHTS[micro_batch["labels"]].sum())
+
+
+def test_weighted_losses_are_split_if_their_items_are_counted(tmp_path: Path) -> None:
+    model, rows = build(BertForSequenceClassification, bert_config(num_labels=3)), rows_of(lambda i, _: i * 7 % 3)
+    whole = trainer_of(Trainer, model, tmp_path, compute_loss_func=weighted).predict(rows)
+    with pytest.warns(UserWarning, match="override num_items if it has weights"):
+        unsplit = trainer_of(MBPTrainer, model, tmp_path, compute_loss_func=weighted).predict(rows)
+    shapes = Shapes(model)
+    split = trainer_of(CountsWeights, model, tmp_path, compute_loss_func=weighted).predict(rows)
+    assert len(shapes.shapes) > 10
+    assert_same(whole, unsplit, rows)
+    assert_same(whole, split, rows)
+
+
 class StrangeCount(Trainer):
     """Passes another number of items than the loss is a mean over, as stock does for some models."""
 
@@ -582,6 +606,18 @@ def test_generation(tmp_path: Path, beams: int) -> None:
     np.testing.assert_array_equal(split.predictions, whole.predictions)
     np.testing.assert_array_equal(split.label_ids, whole.label_ids)
     assert split.metrics["test_loss"] == pytest.approx(whole.metrics["test_loss"], rel=1e-6)
+
+
+def test_generation_without_labels(tmp_path: Path) -> None:
+    model, rows = build(T5ForConditionalGeneration, t5_config(eos_token_id=37)), rows_of(None)
+    options = {"predict_with_generate": True, "generation_max_length": 12}
+    encoded = Shapes(model.encoder)
+    split, whole = (
+        trainer_of(kind, model, tmp_path, **options).predict(rows) for kind in (MBPSeq2SeqTrainer, Seq2SeqTrainer)
+    )
+    assert len(encoded.shapes) > 10
+    assert split.label_ids is None
+    np.testing.assert_array_equal(split.predictions, whole.predictions)
 
 
 # Memory

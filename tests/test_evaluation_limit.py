@@ -1,4 +1,4 @@
-"""Under a real limit on allocations a batch that `Trainer` cannot predict is predicted, without a budget being named."""
+"""Under a real limit on allocations a batch that `Trainer` cannot predict is predicted, with no budget named."""
 
 import os
 import subprocess
