@@ -421,7 +421,7 @@ def test_micro_batches_without_items_do_not_count(tmp_path: Path) -> None:
     assert split.metrics["test_loss"] == pytest.approx(whole.metrics["test_loss"], rel=1e-6)
 
 
-def weighted(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:  # noqa: ARG001
+def weighted(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(outputs.logits, labels, weight=CLASS_WEIGHTS)
 
 
