@@ -23,11 +23,12 @@ TOKENS = "_total_train_tokens"
 
 
 class CallMetrics:
-    """The metrics of one trainer; does nothing for a trainer that keeps none."""
+    """The metrics of one trainer, in `mode` "train" or "eval"; does nothing for a trainer that keeps none."""
 
-    def __init__(self, trainer: Any, ranks: Ranks) -> None:
+    def __init__(self, trainer: Any, ranks: Ranks, mode: str = "train") -> None:
         self._trainer = trainer
         self._ranks = ranks
+        self._mode = mode
         self._noted: dict[str, list[tuple[float, float]]] = {}
         self._tokens = 0
 
@@ -39,19 +40,19 @@ class CallMetrics:
     def call(self, micro_batch: MicroBatch) -> Iterator[None]:
         """Around a call of `compute_loss`: takes out what it notes; of fillers, only the names."""
         metrics = getattr(self._trainer, "_metrics", None)
-        if not isinstance(metrics, dict) or "train" not in metrics:
+        if not isinstance(metrics, dict) or self._mode not in metrics:
             yield
             return
-        before, metrics["train"] = metrics["train"], defaultdict(list)
+        before, metrics[self._mode] = metrics[self._mode], defaultdict(list)
         tokens_before = getattr(self._trainer, TOKENS, 0)
         try:
             with compat.local_gathers(self._trainer):
                 yield
-            self._note(metrics["train"], micro_batch)
+            self._note(metrics[self._mode], micro_batch)
             if micro_batch.num_rows:
                 self._tokens += getattr(self._trainer, TOKENS, 0) - tokens_before
         finally:
-            metrics["train"] = before
+            metrics[self._mode] = before
             if hasattr(self._trainer, TOKENS):
                 setattr(self._trainer, TOKENS, tokens_before)
 
@@ -74,7 +75,7 @@ class CallMetrics:
         names = sorted(self._noted)
         merged = [_sums(self._noted[name]) for name in names]
         gathered = self._ranks.gather(float(self._tokens), *(number for numbers in merged for number in numbers))
-        entries = self._trainer._metrics["train"]
+        entries = self._trainer._metrics[self._mode]
         if hasattr(self._trainer, TOKENS):
             setattr(self._trainer, TOKENS, getattr(self._trainer, TOKENS) + int(sum(row[0] for row in gathered)))
         for position, name in enumerate(names):

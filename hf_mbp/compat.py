@@ -59,6 +59,51 @@ def weighted_loss(trainer: Any, weight: float, num_items: float, *, varies: bool
 
 
 @contextmanager
+def mean_loss(trainer: Any, num_items: float, *, varies: bool = False) -> Iterator[list[bool]]:
+    """Makes the stock `prediction_step` return the mean loss of its micro-batch, which has so many items.
+
+    It counts the items with `_get_num_items_in_batch` (5.24), a collective, and passes the count to `compute_loss`.
+    Yields a list that is empty unless it was asked to count: the prediction steps of TRL, and those that generate, do
+    not.
+    """
+    asked: list[bool] = []
+
+    def not_counted(*_: Any, **__: Any) -> None:
+        asked.append(True)
+
+    with weighted_loss(trainer, 1.0, num_items, varies=varies), replaced(trainer, _get_num_items_in_batch=not_counted):
+        yield asked
+
+
+@contextmanager
+def counted_loss(trainer: Any, count: int) -> Iterator[None]:
+    """Makes the stock `prediction_step` take a number for the count of items."""
+    counted = torch.tensor(count, device=trainer.args.device)
+    with replaced(trainer, _get_num_items_in_batch=lambda *_, **__: counted):
+        yield
+
+
+def stock_count(trainer: Any, inputs: dict[str, Any]) -> float | None:
+    """The items of an evaluation batch as stock counts them, on all ranks together as a rule: then a collective."""
+    count = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+    return None if count is None else float(count)
+
+
+def num_beams(trainer: Any) -> int:
+    """Beams of the generation that `Seq2SeqTrainer` was asked for, which it keeps in `_gen_kwargs`."""
+    asked = getattr(trainer, "_gen_kwargs", {}).get("num_beams")
+    return int(asked or getattr(trainer.model.generation_config, "num_beams", None) or 1)
+
+
+def pad_token_of_generation(trainer: Any) -> int:
+    """What `generate` writes behind rows that have come to their end before others."""
+    config = trainer.model.generation_config
+    candidates = (config.pad_token_id, config.eos_token_id, getattr(trainer.model.config, "pad_token_id", None))
+    token = next((token for token in candidates if token is not None), 0)
+    return int(token[0] if isinstance(token, (list, tuple)) else token)
+
+
+@contextmanager
 def local_gathers(trainer: Any) -> Iterator[None]:
     """Makes `accelerator.gather` and `gather_for_metrics` return what this rank has.
 

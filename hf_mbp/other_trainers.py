@@ -42,6 +42,11 @@ def num_items(trainer: Any, inputs: Mapping[str, Any]) -> float | None:
     return None
 
 
+def rows_each(trainer: Any) -> int:
+    """Rows of a collated batch that stay together: 2 for preference pairs, the chosen ones first, then the rejected."""
+    return 2 if is_trl(trainer, "DPOTrainer") or is_trl(trainer, "RewardTrainer") else 1
+
+
 def is_trl(trainer: Any, name: str) -> bool:
     """Whether a trainer is the one of TRL with that name, or built on it."""
     return name in _classes_of(trainer, "trl")

@@ -10,6 +10,7 @@ from hf_mbp import collate, compat, items, loaders, memory, other_trainers, refu
 from hf_mbp.collate import Inputs
 from hf_mbp.config import MBPConfig
 from hf_mbp.distributed import Ranks
+from hf_mbp.evaluation import Evaluation
 from hf_mbp.feed import Feed
 from hf_mbp.report import MEASURED, StepReport
 from hf_mbp.runner import MicroBatches, Runner
@@ -36,6 +37,8 @@ class MBPMixin(_Base):
     * `get_batch_samples`: plans and pads the rows of a whole optimizer step.
     * `training_step`: runs the micro-batches, each by the `training_step` of the next class; again, in smaller ones, if
       memory runs out.
+    * `prediction_step`, `evaluation_loop`: run evaluation batches in micro-batches, too, and keep what they return on
+      the host.
     * `log`, `_maybe_log_save_evaluate`: the `mbp_` entries, and the clock behind them.
     * `_finalize_training`: makes the last loss that of all ranks.
     * `_load_callback_state`: hides the budget, which a checkpoint keeps among the states of callbacks.
@@ -69,6 +72,7 @@ class MBPMixin(_Base):
         self._logs_step = False
         self.mbp_feed = Feed(self, self._ranks, self._report)
         self._runner = Runner(self, self.mbp_feed, self._ranks)
+        self._evaluation = Evaluation(self, self._ranks)
 
     # What users may override
 
@@ -144,6 +148,27 @@ class MBPMixin(_Base):
             return self._runner.run(inputs, model, super().training_step)
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock loop, whose batches `prediction_step` splits."""
+        with self._evaluation.loop():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any, Any]:
+        """Loss, logits and labels of a batch, run in micro-batches by the `prediction_step` of the next class."""
+        step = super().prediction_step
+
+        def run(part: Any, loss_only: bool = prediction_loss_only) -> Any:
+            return step(model, part, loss_only, ignore_keys=ignore_keys, **kwargs)
+
+        return self._evaluation.step(run, inputs, prediction_loss_only=prediction_loss_only)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The stock logs, with the entries of micro-batch processing beside the training loss.
