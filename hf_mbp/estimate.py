@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from hf_mbp.fake import CudaKernels, fake_like, fake_tensors, fake_twin
+from hf_mbp.fake import CudaKernels, backward, fake_like, fake_tensors, fake_twin
 from hf_mbp.memory import DEFAULT_FRACTION, AllocationTracker, format_bytes, parse_memory_limit
 
 Inputs = Mapping[str, torch.Tensor]
@@ -235,7 +235,7 @@ def _count(
 def _forward_and_backward(twin: Any, inputs: Inputs, dtype: torch.dtype | None) -> None:
     with torch.autocast("cpu", dtype=dtype) if dtype else nullcontext():
         loss = twin(**inputs).loss
-    torch.autograd.backward(loss)  # unlike loss.backward(), it leaves `CudaKernels` on for what is recomputed
+    backward(loss)
 
 
 def _with_8_bit_states(estimate: MemoryEstimate, twin: nn.Module) -> MemoryEstimate:

@@ -1,7 +1,8 @@
 """A model without memory: its twin of fake tensors, which have shapes, dtypes and storages, but no values.
 
-Operators run on them as on others, as far as memory goes, in no time and at no cost, for a device that is not there,
-too. Fake tensors are private to torch (`torch._subclasses`, which `torch.compile` uses); only this module knows them.
+Operators run on them as on others, as far as memory goes, at no cost and for a device that is not there, too. Fake
+tensors are private to torch (`torch._subclasses`, which `torch.compile` uses), and so is the engine of autograd; only
+this module knows them.
 """
 
 import copy
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.autograd.graph import _engine_run_backward
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -67,6 +69,13 @@ def _tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
 def fake_like(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Fake tensors of these shapes and dtypes, on the CPU; call it within `fake_tensors`."""
     return {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
+
+
+def backward(loss: torch.Tensor) -> None:
+    """`loss.backward()`, which would suspend `CudaKernels`: layers that are checkpointed are recomputed in it."""
+    _engine_run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 class _MissingShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
