@@ -35,7 +35,7 @@ def fake_tensors() -> Iterator[None]:
         ValueError: an operator needs the values of a tensor, or has no rule for the shape of its result.
     """
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _MissingShapes():  # type: ignore[no-untyped-call]
+        with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True), _MissingShapes():  # type: ignore[no-untyped-call]
             yield
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         raise ValueError(

@@ -9,15 +9,12 @@ micro-batch is half padding. The exit code is 1 if an estimate is more than 2 % 
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # before torch: its profiler reports on itself
 
 import torch
 import transformers
