@@ -39,13 +39,12 @@ def reason_of(error: BaseException) -> str:
     """The message of an out-of-memory error, short enough for a line.
 
     Example:
-        >>> reason_of(RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate \
+        >>> reason_of(RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate \
 memory: you tried to allocate 4000 bytes. Error code 12 (Cannot allocate memory)"))
         "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000 bytes"
     """
     text = " ".join(str(error).split()) or type(error).__name__
-    text = re.sub(r"^\[enforce fail at [^\]]*\]\s*\S*\s*", "", text)
-    text = re.sub(r"\. Error code 12.*$", "", text)
+    text = re.sub(r"^\[enforce fail at .*?(?=DefaultCPUAllocator)|\. Error code 12.*$", "", text)
     return text if len(text) <= LENGTH_OF_REASON else text[:LENGTH_OF_REASON].rsplit(" ", 1)[0] + " ..."
 
 

@@ -174,7 +174,7 @@ def start_line(num_rows: int, micro_batches: list[MicroBatch], sizes: list[Ints]
     """What will happen, in words, from the first step."""
     step = counts_of(micro_batches, sizes)
     return (
-        f"hf_mbp: {num_rows:,} rows a step run as {len(micro_batches):,} micro-batches ({budget}). "
+        f"hf_mbp: {num_rows:,} rows a step run as {_counted(micro_batches)} ({budget}). "
         f"Padding in the first step: {step.padding_fraction:.1%} of {step.cells:,} cells; "
         f"{step.padding_fraction_unsplit:.1%} of {step.unsplit_cells:,} without splitting. {check}"
     )
@@ -185,7 +185,7 @@ def retry_line(step: int, faults: list[Fault], micro_batches: list[MicroBatch]) 
     fault = next((fault for fault in faults if fault.reason), faults[0])
     where = f" on process {fault.rank}" if fault.rank else ""
     reason = f" ({fault.reason})" if fault.reason else ""
-    how = f"in {len(micro_batches):,} micro-batches"
+    how = f"in {_counted(micro_batches)}"
     if any(micro_batch.is_checkpointed for micro_batch in micro_batches):
         how += ", those of the longest rows with activation checkpointing"
     return (
@@ -223,3 +223,7 @@ def padded_rows_note(micro_batches: list[MicroBatch], sizes: list[Ints]) -> str 
         f"hf_mbp: {1 - tokens / came:.0%} of the tokens in these rows is padding that they came with. Tokenise without "
         "padding (not padding='max_length'), and let the data collator pad."
     )
+
+
+def _counted(micro_batches: list[MicroBatch]) -> str:
+    return "1 micro-batch" if len(micro_batches) == 1 else f"{len(micro_batches):,} micro-batches"
