@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_mbp import collate, compat, loaders, memory, other_trainers, probe, wrapped
+from hf_mbp import collate, compat, loaders, other_trainers, probe, wrapped
 from hf_mbp.accumulation import half_precision
 from hf_mbp.collate import Batch, Inputs, KeepRows, Rows
 from hf_mbp.distributed import Ranks
@@ -50,7 +50,7 @@ class Feed:
         self.trainer = trainer
         self.ranks = ranks
         self.report = report
-        self.budget = RunBudget(trainer, ranks)
+        self.budget = RunBudget(trainer, ranks, self._tell)
         self.check = StartCheck(trainer, ranks)
         self._cost: Cost | None = None
         self._traits = LossTraits(self.trainer.accelerator)
@@ -202,11 +202,12 @@ class Feed:
         checks = [self.check.run(pool.rows, pool.sizes, budget) for pool in pools if self.check.is_due(pool.rows[0])]
         with collate.seeded(self.trainer.args.seed, self.trainer.state.global_step, self.trainer.args.process_index):
             micro_batches = [micro_batch for pool in pools for micro_batch in self._planned(pool, budget, cost)]
+        self.budget.planned(micro_batches)
         batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
         self.report.add_step(micro_batches, batch_sizes, max_tokens)
         if is_first_step:
             num_rows = sum(map(len, batches))
-            self._tell(start_line(num_rows, micro_batches, batch_sizes, _describe(budget, max_tokens), checks[0]))
+            self._tell(start_line(num_rows, micro_batches, batch_sizes, self.budget.describe(max_tokens), checks[0]))
             self._tell(None if self._multiple_of() else padded_rows_note(micro_batches, batch_sizes))
             self._tell(compiled_note() if self.is_compiled else None)
             self._tell(half_precision_note(self._dtypes_summed_in_half(), len(micro_batches)))
@@ -332,9 +333,3 @@ def _longest(sizes: Ints) -> int:
 def _need_one_width(rows: list[Any]) -> bool:
     first = rows[0]
     return collate.need_one_width(first.batch.inputs if isinstance(first, CollatedRow) else first)
-
-
-def _describe(budget: Budget, max_tokens: int) -> str:
-    if budget.max_bytes is None:
-        return f"at most {max_tokens:,} tokens each, as asked"
-    return f"at most {max_tokens:,} tokens each, sized for {memory.format_bytes(budget.max_bytes)} of activations"

@@ -48,25 +48,30 @@ class Cost:
 class Budget:
     """The cap on a micro-batch: a number of cells, a number of bytes, or both.
 
-    `max_tokens` caps `rows x width`. `max_bytes` caps `rows x (bytes_per_cell x width + bytes_per_pair x width^2)`,
-    the memory that the activations of a micro-batch need.
+    `max_tokens` caps `rows x width`. `max_bytes` caps the memory that the activations of a micro-batch are expected to
+    need: `bytes_fixed + rows x (bytes_per_cell x width + bytes_per_pair x width^2)`.
     """
 
     max_tokens: int | None = None
     max_bytes: float | None = None
+    bytes_fixed: float = 0.0
     bytes_per_cell: float = 0.0
     bytes_per_pair: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
             check_max_tokens(self.max_tokens, "max_tokens")
-        for name in ("max_bytes", "bytes_per_cell", "bytes_per_pair"):
+        for name in ("max_bytes", "bytes_fixed", "bytes_per_cell", "bytes_per_pair"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"Budget.{name} must not be negative, got {value!r}.")
 
     def bytes(self, rows: Any, width: Any) -> Any:
         """Bytes that the activations of a micro-batch `[rows, width]` are expected to need."""
+        return self.bytes_fixed + self.growing_bytes(rows, width)
+
+    def growing_bytes(self, rows: Any, width: Any) -> Any:
+        """The part of `bytes` that a smaller micro-batch needs less of."""
         return rows * (self.bytes_per_cell * width + self.bytes_per_pair * width**2)
 
     def fits(self, rows: Any, width: Any) -> Any:
@@ -78,9 +83,9 @@ class Budget:
     def tokens_at(self, width: int) -> int:
         """The most cells a micro-batch of rows of `width` tokens may have; 0 if nothing limits it."""
         caps = [] if self.max_tokens is None else [self.max_tokens]
-        per_cell = self.bytes(1, width) / width
+        per_cell = self.growing_bytes(1, width) / width
         if self.max_bytes is not None and per_cell > 0:
-            caps.append(int(self.max_bytes / per_cell))
+            caps.append(max(0, int((self.max_bytes - self.bytes_fixed) / per_cell)))
         return min(caps, default=0)
 
 
