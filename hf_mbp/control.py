@@ -10,6 +10,9 @@ AIM = 0.93
 """Share of what is allowed that a corrected budget leads to: above the 85 % below which memory lies idle, and as far
 from the limit as allocators were seen to stray between steps of one plan."""
 
+AIM_OF_ONE = 0.85
+"""The same where a single micro-batch was tried: in a step others have been before it, and have left gaps."""
+
 SHRINK_ABOVE, GROW_BELOW = 0.97, 0.88
 """Shares of what is allowed beyond which a measured peak changes the budget."""
 
@@ -70,10 +73,10 @@ def wanted(profile: Profile, reading: Reading) -> float:
     return max(cap, corrected(room, reading)) if is_low else cap
 
 
-def corrected(room: Room, reading: Reading) -> float:
-    """The predicted bytes that would take `AIM` of what is allowed, by a micro-batch that took less or more."""
+def corrected(room: Room, reading: Reading, aim: float = AIM) -> float:
+    """The predicted bytes that would take this share of what is allowed, by a micro-batch that took less or more."""
     taken = max(1.0, reading.peak_bytes - room.resting_bytes)
-    return (AIM * room.allowed_bytes - room.resting_bytes) * reading.planned_bytes / taken
+    return (aim * room.allowed_bytes - room.resting_bytes) * reading.planned_bytes / taken
 
 
 def adapted(profile: Profile, step: int, agreed: float, reading: Reading) -> Profile:
@@ -112,7 +115,7 @@ def _why(reading: Reading, relation: str, room: Room | None) -> str:
 
 def after_failure(profile: Profile, rows: int, width: int, step: int) -> Profile:
     """The profile after a micro-batch `[rows, width]` ran out of memory: it, and any as large, no longer fits."""
-    size, fixed = profile.size_of(rows, width), profile.budget.bytes_fixed if profile.knob == "max_bytes" else 0.0
-    cap = min(profile.cap, fixed + (size - fixed) / 2)
+    size = profile.size_of(rows, width)
+    cap = min(profile.cap, size / 2)
     failed = replace(profile, failure=Failure(step=step, size=size))
     return failed.with_cap(cap, step, f"out of memory at {rows:,} rows of width {width:,}")

@@ -52,14 +52,10 @@ class Gauge:
         Blocks of many sizes leave gaps. An allocator of a CPU does not tell how much that is, and is quick to ask; that
         of CUDA has to wait for the device.
         """
-        if self.peak_bytes() < near_bytes:
+        if self.held_bytes() < near_bytes:
             return
-        if self.device.type != "cuda" or self._reserve_at_peak() > RESERVE * near_bytes:
+        if self.device.type != "cuda" or self.held_bytes() - memory.used_memory(self.device) > RESERVE * near_bytes:
             self.release()
-
-    def _reserve_at_peak(self) -> int:
-        """Bytes that were reserved and not used."""
-        return int(torch.cuda.max_memory_reserved(self.device) - torch.cuda.max_memory_allocated(self.device))
 
     def release(self) -> None:
         """Gives back what the allocator keeps and nothing uses; does nothing where there is no way to."""

@@ -49,7 +49,7 @@ class Budget:
     """The cap on a micro-batch: a number of cells, a number of bytes, or both.
 
     `max_tokens` caps `rows x width`. `max_bytes` caps the memory that the activations of a micro-batch are expected to
-    need: `bytes_fixed + rows x (bytes_per_cell x width + bytes_per_pair x width^2)`.
+    need: `rows x (bytes_per_cell x width + bytes_per_pair x width^2)`, and at least `bytes_fixed`.
     """
 
     max_tokens: int | None = None
@@ -68,11 +68,7 @@ class Budget:
 
     def bytes(self, rows: Any, width: Any) -> Any:
         """Bytes that the activations of a micro-batch `[rows, width]` are expected to need."""
-        return self.bytes_fixed + self.growing_bytes(rows, width)
-
-    def growing_bytes(self, rows: Any, width: Any) -> Any:
-        """The part of `bytes` that a smaller micro-batch needs less of."""
-        return rows * (self.bytes_per_cell * width + self.bytes_per_pair * width**2)
+        return np.maximum(self.bytes_fixed, rows * (self.bytes_per_cell * width + self.bytes_per_pair * width**2))
 
     def fits(self, rows: Any, width: Any) -> Any:
         """Whether micro-batches `[rows, width]` respect the cap; for numbers or arrays."""
@@ -83,9 +79,9 @@ class Budget:
     def tokens_at(self, width: int) -> int:
         """The most cells a micro-batch of rows of `width` tokens may have; 0 if nothing limits it."""
         caps = [] if self.max_tokens is None else [self.max_tokens]
-        per_cell = self.growing_bytes(1, width) / width
+        per_cell = self.bytes_per_cell + self.bytes_per_pair * width
         if self.max_bytes is not None and per_cell > 0:
-            caps.append(max(0, int((self.max_bytes - self.bytes_fixed) / per_cell)))
+            caps.append(int(self.max_bytes / per_cell))
         return min(caps, default=0)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from hf_mbp import collate, loaders, memory
 from hf_mbp.collate import Batch
-from hf_mbp.control import Reading, after_failure, corrected
+from hf_mbp.control import AIM_OF_ONE, Reading, after_failure, corrected
 from hf_mbp.gauge import Gauge
 from hf_mbp.padding import with_padding
 from hf_mbp.plan import Cost, Ints, plan_rows
@@ -77,7 +77,7 @@ def _corrected(profile: Profile, worst: Worst, taken: int, step: int) -> Profile
     reading = Reading(
         peak_bytes=room.resting_bytes + taken, planned_bytes=worst.planned_bytes, num_rows=len(worst.rows)
     )
-    cap = min(max(corrected(room, reading), profile.cap / MOST_CHANGE), profile.cap * MOST_CHANGE)
+    cap = min(max(corrected(room, reading, AIM_OF_ONE), profile.cap / MOST_CHANGE), profile.cap * MOST_CHANGE)
     why = (
         f"the worst micro-batch of the data, {len(worst.rows):,} rows of width {worst.width:,}, was tried and took "
         f"{memory.format_bytes(taken)}, predicted were {memory.format_bytes(worst.planned_bytes)}"

@@ -231,6 +231,15 @@ class RunBudget:
             self.gauge.release()
             self._change(adapted)
 
+    def make_room(self) -> None:
+        """Has the allocator give back what it keeps in reserve, if that brings the device near its limit.
+
+        To be called between micro-batches; local to this rank.
+        """
+        profile = self._profile
+        if profile is not None and profile.room is not None:
+            self.gauge.tidy(NEAR * profile.room.allowed_bytes)
+
     def _read(self, room: memory.Room) -> None:
         """Adds what the device held in this step to what was seen since the last look."""
         peak = self.gauge.peak_bytes()

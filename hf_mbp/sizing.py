@@ -15,9 +15,9 @@ from hf_mbp.plan import Budget, Cost, Ints
 from hf_mbp.probe import loss_of, modules_of
 from hf_mbp.undisturbed import kept_collator, undisturbed
 
-PROBE_CELLS, PROBE_ROWS = 256, (2, 8)
+PROBE_CELLS, PROBE_ROWS = 512, (2, 8)
 """Cells of a narrow micro-batch that is run to measure its memory: from here on bytes per cell hardly change. Not more
-rows, though, whose images or sounds no one counts in cells, and not one, which batch normalisation refuses."""
+rows, though, of images or sounds, which no one counts in cells, and not one, which batch normalisation refuses."""
 
 NARROW, WIDE = 32, 512
 """Widths at which memory is measured, if rows are that long: far enough apart to tell what grows with their square."""
@@ -126,11 +126,11 @@ def probe_shapes(longest: int, *, is_cut: bool) -> tuple[list[tuple[int, int]], 
 
     Example:
         >>> probe_shapes(2000, is_cut=True), probe_shapes(1, is_cut=False)
-        (([(2, 32), (8, 32), (2, 512)], (4, 128)), ([(2, 1), (8, 1)], (5, 1)))
+        (([(2, 32), (16, 32), (2, 512)], (4, 128)), ([(2, 1), (8, 1)], (5, 1)))
     """
     fewest, most = PROBE_ROWS
     narrow, wide = (min(longest, NARROW), min(longest, WIDE)) if is_cut else (longest, longest)
-    many = min(most, max(2 * fewest, -(-PROBE_CELLS // narrow)))
+    many = min(2 * most if is_cut else most, max(2 * fewest, -(-PROBE_CELLS // narrow)))
     if narrow == wide:
         return [(fewest, narrow), (many, narrow)], ((fewest + many) // 2, narrow)
     return [(fewest, narrow), (many, narrow), (fewest, wide)], (2 * fewest, round((narrow * wide) ** 0.5))
