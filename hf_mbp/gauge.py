@@ -10,8 +10,12 @@ import torch
 
 from hf_mbp import memory
 
-RESERVE = 0.1
-"""Share of the memory held from which giving back what is unused is worth the wait for a GPU."""
+NEAR, RESERVE = 0.9, 0.1
+"""Shares of what is allowed: a GPU gives back what is unused if its peak was beyond one, and that much was unused."""
+
+KEPT = 0.25
+"""Share of the room for activations that a CPU's allocator may keep between micro-batches: giving memory back costs
+little, and getting it again a page fault for every 4 KiB."""
 
 
 class Gauge:
@@ -46,15 +50,24 @@ class Gauge:
         """What this process could still take."""
         return memory.free_memory(self.device)
 
-    def tidy(self, near_bytes: float) -> None:
-        """Gives back what is kept in reserve, if what is held comes near the limit because of it.
+    def tidy(self, resting_bytes: float, allowed_bytes: float) -> None:
+        """Gives back what the allocator keeps and nothing uses, if it is so much that it could lead beyond the limit.
 
-        Blocks of many sizes leave gaps. An allocator of a CPU does not tell how much that is, and is quick to ask; that
-        of CUDA has to wait for the device.
+        To be called when no micro-batch runs. Blocks of many sizes leave gaps: a CPU's then holds more than what rests.
+        That of CUDA keeps what the next micro-batch will need, and has to wait for the device to give it back, so there
+        only what was reserved at the peak and not even used then counts.
+
+        Args:
+            resting_bytes: what is in use when no micro-batch runs.
+            allowed_bytes: what may be held.
         """
-        if self.held_bytes() < near_bytes:
-            return
-        if self.device.type != "cuda" or self.held_bytes() - memory.used_memory(self.device) > RESERVE * near_bytes:
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_reserved(self.device)
+            unused = peak - torch.cuda.max_memory_allocated(self.device)
+            is_due = peak > NEAR * allowed_bytes and unused > RESERVE * allowed_bytes
+        else:
+            is_due = self.held_bytes() - resting_bytes > KEPT * (allowed_bytes - resting_bytes)
+        if is_due:
             self.release()
 
     def release(self) -> None:

@@ -20,9 +20,6 @@ from hf_mbp.step import MicroBatch
 STATE_KEY = "hf_mbp"
 """Where `trainer.state.stateful_callbacks`, which goes into checkpoints, holds the profile."""
 
-NEAR = 0.9
-"""Share of what is allowed from which on the allocator gives back what it keeps in reserve, after a step."""
-
 
 class RunBudget:
     """The budget of one trainer's run.
@@ -232,13 +229,13 @@ class RunBudget:
             self._change(adapted)
 
     def make_room(self) -> None:
-        """Has the allocator give back what it keeps in reserve, if that brings the device near its limit.
+        """Has the allocator give back what it keeps and nothing uses, if that could bring the device beyond its limit.
 
         To be called between micro-batches; local to this rank.
         """
         profile = self._profile
         if profile is not None and profile.room is not None:
-            self.gauge.tidy(NEAR * profile.room.allowed_bytes)
+            self.gauge.tidy(profile.room.resting_bytes, profile.room.allowed_bytes)
 
     def _read(self, room: memory.Room) -> None:
         """Adds what the device held in this step to what was seen since the last look."""
@@ -246,7 +243,7 @@ class RunBudget:
         seen = replace(self._planned, peak_bytes=self._scaled(peak, room))
         self._planned = Reading()
         self._seen = self._seen.merged(seen)
-        self.gauge.tidy(NEAR * room.allowed_bytes)
+        self.gauge.tidy(room.resting_bytes, room.allowed_bytes)
 
     def _scaled(self, peak: int, room: memory.Room) -> float:
         """The peak, as it would count if others on the device had left as much as when the room was found."""

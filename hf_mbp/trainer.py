@@ -179,6 +179,7 @@ class MBPMixin(_Base):
             return torch.zeros((), device=self.args.device)
 
         def backward(micro_batch: MicroBatch) -> torch.Tensor:
+            self.mbp_feed.budget.make_room()
             with (
                 self._call_metrics.call(micro_batch),
                 compat.weighted_loss(self, micro_batch.weight, micro_batch.num_items, varies=self.mbp_feed.is_compiled),
