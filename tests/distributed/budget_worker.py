@@ -1,4 +1,4 @@
-"""Run by several processes of which the second one's device comes close to its limit; saves the caps after each step."""
+"""Run by several processes, of which the second comes close to its limit; saves the caps after each step."""
 
 import os
 import sys
