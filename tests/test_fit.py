@@ -99,3 +99,32 @@ def test_largest_micro_batch_that_a_budget_allows_stays_under_its_bytes(
     assert budget.fits(rows, width)
     assert not budget.fits(rows + 1, width)
     assert 0.5 * max_bytes < bytes_of(rows, width) <= max_bytes
+
+
+def peak_of_moments(rows: int, width: int) -> int:
+    """A pass whose peak is at one of two moments: with a large gradient, or with all activations."""
+    return max(30_000_000 + 100_000 * rows * width, rows * width * (220_000 + 300 * width))
+
+
+def test_small_micro_batches_do_not_make_large_ones_look_small() -> None:
+    fitted, held_out = probe_shapes(512, is_cut=True)
+    measured = [(rows, width, peak_of_moments(rows, width)) for rows, width in [*fitted, held_out]]
+    budget = fit_budget(measured, max_bytes=10**12)
+    for rows, width in [(64, 64), (8, 512), (200, 20), (32, 256)]:
+        assert 1 <= budget.bytes(rows, width) / peak_of_moments(rows, width) < 1.1 * SAFETY
+
+
+def test_a_held_out_shape_is_judged_by_the_others() -> None:
+    shapes = [(2, 32), (16, 32), (2, 512)]
+    measured = [(rows, width, rows * width * (1000 + 10 * width)) for rows, width in shapes]
+    assert held_out_error(measured, (4, 128, 4 * 128 * (1000 + 10 * 128))) == pytest.approx(0, abs=1e-6)
+    assert held_out_error(measured, (4, 128, 2 * 4 * 128 * (1000 + 10 * 128))) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("longest", [1, 2, 31, 33, 600, 10_000])
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_shapes_that_are_measured_are_small_and_differ(longest: int, is_cut: bool) -> None:
+    fitted, held_out = probe_shapes(longest, is_cut=is_cut)
+    assert len({*fitted, held_out}) == len(fitted) + 1
+    assert all(rows >= 2 and width <= longest for rows, width in [*fitted, held_out])
+    assert not is_cut or all(rows * width <= 1024 for rows, width in [*fitted, held_out])

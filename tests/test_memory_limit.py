@@ -53,7 +53,7 @@ model = BertForSequenceClassification(bert_config(num_labels=2, **sizes))
 rows = with_labels(token_rows(1024, low=32, high=256), lambda index, row: index % 2)
 trainer = MBPTrainer(
     model=model,
-    args=arguments(sys.argv[2], per_device_train_batch_size=96, max_steps=4, optim="adamw_torch"),
+    args=arguments(sys.argv[2], per_device_train_batch_size=96, max_steps=3, optim="adamw_torch"),
     train_dataset=rows,
     data_collator=Pad(),
     mbp_config=MBPConfig(memory_limit=memory.used_memory(cpu) + 300 * MIB),
