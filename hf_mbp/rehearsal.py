@@ -26,6 +26,10 @@ ARROW_BATCH = 10_000
 WORTH_IT = 0.5
 """Share of the budget below which the worst micro-batch is not tried: what it would show is far from the limit."""
 
+WIDER = 2
+"""How much longer than its `input_ids` a row may be, with its targets, for a first look at whether trying is worth it:
+a longer one is only not tried."""
+
 MOST_TRIALS = 6
 """A budget that is halved so often without fitting is wrong about something else."""
 
@@ -55,6 +59,9 @@ def rehearse(trainer: Any, profile: Profile, gauge: Gauge, cost: Cost, num_rows:
         cost: that plans are made with.
         num_rows: of a mini-batch on this rank.
     """
+    lengths = known_lengths(trainer.train_dataset)
+    if lengths is None or profile.size_of(num_rows, WIDER * float(lengths.max())) < WORTH_IT * profile.cap:
+        return profile
     rows = longest_rows(trainer, num_rows)
     step = trainer.state.global_step
     for _ in range(MOST_TRIALS if rows else 0):
