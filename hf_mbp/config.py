@@ -34,8 +34,9 @@ memory_limit="20GiB", or memory_limit=0.8 for 80 % of the memory.
     memory_limit: float | str | None = field(
         default=None,
         metadata={
-            "help": 'Memory to stay under on the device: a size such as "20GiB", or a fraction of the device\'s '
-            "memory such as 0.8. Default: 0.9 of what is free when training starts."
+            "help": 'Memory that each process stays under on its device: a size such as "20GiB", or a fraction of '
+            "the device's memory (of its part of a CPU's) such as 0.8. Default: 0.9 of what is free when training "
+            "starts."
         },
     )
     check_at_start: bool = field(

@@ -8,6 +8,7 @@ from typing import Any
 from hf_mbp import memory
 from hf_mbp.collate import Inputs, num_rows_of
 from hf_mbp.eval_batch import EvalBatch
+from hf_mbp.fit import Measured, fit_budget
 from hf_mbp.padding import can_be_cut, cut_columns, with_padding
 from hf_mbp.plan import Budget
 from hf_mbp.row_outputs import num_bytes
@@ -33,7 +34,8 @@ def inference_budget(trainer: Any, batch: EvalBatch, run: Callable[[Inputs], Any
     """
     lengths = batch.sizes(cuts=batch.is_cuttable).sum(axis=1)
     example = int(lengths.argmax())
-    measured, per_cell = [], 0.0
+    measured: list[Measured] = []
+    per_cell = 0.0
     for inputs in _samples(batch, example, int(lengths[example])):
         num_rows = num_rows_of(inputs) // batch.rows_each
         cells = replace(batch, inputs=inputs).cells
@@ -42,10 +44,10 @@ def inference_budget(trainer: Any, batch: EvalBatch, run: Callable[[Inputs], Any
         measured.append((num_rows, -(-cells // num_rows), size))
         per_cell = max(per_cell, num_bytes(outputs) / cells)
     limit = memory.parse_memory_limit(trainer.mbp_config.memory_limit)
-    room = memory.room_for_activations(trainer.args.device, limit, 0)
+    room = memory.room_for_training(trainer.args.device, limit, 0).activation_bytes
     if trainer.args.device.type == "cpu":
         room = max(1, room - int(COPIES * per_cell * int(lengths.max()) * batch.num_examples))
-    budget = memory.fit_budget(measured, room)
+    budget = fit_budget(measured, room)
     return replace(budget, max_tokens=trainer.mbp_config.max_tokens_per_micro_batch)
 
 

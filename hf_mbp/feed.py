@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_mbp import collate, compat, loaders, memory, other_trainers, probe, wrapped
+from hf_mbp import collate, compat, loaders, other_trainers, probe, wrapped
 from hf_mbp.accumulation import half_precision
 from hf_mbp.collate import Batch, Inputs, KeepRows, Rows
 from hf_mbp.distributed import Ranks
@@ -53,7 +53,7 @@ class Feed:
         self.trainer = trainer
         self.ranks = ranks
         self.report = report
-        self.budget = RunBudget(trainer, ranks)
+        self.budget = RunBudget(trainer, ranks, self._tell)
         self.check = StartCheck(trainer, ranks)
         self._cost: Cost | None = None
         self._traits = LossTraits(self.trainer.accelerator)
@@ -252,7 +252,7 @@ class Feed:
         if is_first_step:
             batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
             num_rows = sum(map(len, batch_sizes))
-            self._tell(start_line(num_rows, micro_batches, batch_sizes, _describe(budget, max_tokens), checks[0]))
+            self._tell(start_line(num_rows, micro_batches, batch_sizes, self.budget.describe(max_tokens), checks[0]))
             self._tell(None if self._multiple_of() else padded_rows_note(micro_batches, batch_sizes))
             self._tell(compiled_note() if self.is_compiled else None)
             self._tell(half_precision_note(self._dtypes_summed_in_half(), len(micro_batches)))
@@ -269,6 +269,7 @@ class Feed:
             planned = [micro_batch for pool in pools for micro_batch in self._planned(pool, budget, cost)]
         batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
         self.report.plan_step(planned, batch_sizes, budget.tokens_at(_longest(largest.sizes)))
+        self.budget.planned(planned)
         return [self._checkpointed(micro_batch) for micro_batch in planned]
 
     def _checkpointed(self, micro_batch: MicroBatch) -> MicroBatch:
@@ -406,9 +407,3 @@ def _longest(sizes: Ints) -> int:
 def _need_one_width(rows: list[Any]) -> bool:
     first = rows[0]
     return collate.need_one_width(first.batch.inputs if isinstance(first, CollatedRow) else first)
-
-
-def _describe(budget: Budget, max_tokens: int) -> str:
-    if budget.max_bytes is None:
-        return f"at most {max_tokens:,} tokens each, as asked"
-    return f"at most {max_tokens:,} tokens each, sized for {memory.format_bytes(budget.max_bytes)} of activations"

@@ -1,9 +1,11 @@
 """Sizes the budget of a micro-batch: what memory there is, and what a micro-batch of the user's model needs."""
 
+import os
 import re
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from hf_mbp.accumulation import half_precision
-from hf_mbp.plan import Budget
+from hf_mbp.optimizer_memory import state_bytes
 
 if sys.platform != "win32":
     import resource
 
 DEFAULT_FRACTION = 0.9
 """Share of the free memory that is used when no limit is named; the rest is for what is not ours to count."""
-
-SAFETY = 1.2
-"""Predicted bytes are raised by this factor: operators allocate scratch memory that no tracker sees, allocators
-round up, and fragmentation takes its part."""
 
 SMALLEST_LIMIT = 2**20
 """Bytes below which a number without a unit is taken for a slip: memory_limit=20 hardly means 20 bytes."""
@@ -64,7 +62,8 @@ def total_memory(device: torch.device) -> int:
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())
-    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _process_limits())])
+    shared = [int(psutil.virtual_memory().total), *(limit for limit, _ in _group_limits())]
+    return min([*(limit for limit, _ in _own_limits()), *(size // local_processes() for size in shared)])
 
 
 def used_memory(device: torch.device) -> int:
@@ -79,24 +78,46 @@ def used_memory(device: torch.device) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that this process could still take.
 
-    A CPU's memory is what the machine has available, and what the control group and RLIMIT_AS leave if that is less.
+    A CPU's memory is what the machine has available, or what the control group and RLIMIT_AS leave if that is less. The
+    processes of one machine share the first two, in equal parts.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + unused)
     if device.type == "mps":
         return total_memory(device) - used_memory(device)
-    return min([int(psutil.virtual_memory().available), *(max(0, limit - used) for limit, used in _process_limits())])
+    own = [max(0, limit - used) for limit, used in _own_limits()]
+    shared = [int(psutil.virtual_memory().available), *(max(0, limit - used) for limit, used in _group_limits())]
+    return min([*own, *(left // local_processes() for left in shared)])
 
 
-def _process_limits() -> list[tuple[int, int]]:
-    """(limit, used) in bytes for each limit that holds for this process and not for the machine."""
-    limits: list[tuple[int, int]] = []
+def local_processes() -> int:
+    """How many processes train together on this machine, by what their launcher says."""
+    return next((int(os.environ[name]) for name in _LOCAL_PROCESSES if os.environ.get(name, "").isdigit()), 1) or 1
+
+
+_LOCAL_PROCESSES = (
+    "LOCAL_WORLD_SIZE",
+    "MPI_LOCALNRANKS",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+)
+"""What torchrun, Intel MPI, Open MPI and MVAPICH2 say, in the order in which Accelerate asks."""
+
+
+def _own_limits() -> list[tuple[int, int]]:
+    """(limit, used) in bytes for each limit that holds for this process alone."""
     if sys.platform == "win32":
-        return limits
+        return []
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if address_space != resource.RLIM_INFINITY:
-        limits.append((address_space, int(psutil.Process().memory_info().vms)))
+    if address_space == resource.RLIM_INFINITY:
+        return []
+    return [(address_space, int(psutil.Process().memory_info().vms))]
+
+
+def _group_limits() -> list[tuple[int, int]]:
+    """(limit, used) in bytes of the control group, which the processes on a machine usually share."""
+    limits: list[tuple[int, int]] = []
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -113,33 +134,49 @@ def _reclaimable(statistics: Path) -> int:
     return int(values.get("total_inactive_file", values.get("inactive_file", 0)))
 
 
-def room_for_activations(device: torch.device, limit: float | int | None, pending_bytes: int) -> int:
-    """Bytes that the activations of a micro-batch may take.
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What a device has for training: of `allowed_bytes` in all, `resting_bytes` are taken when no micro-batch runs."""
+
+    allowed_bytes: int
+    resting_bytes: int
+
+    @property
+    def activation_bytes(self) -> int:
+        """What is left for the activations of a micro-batch."""
+        return self.allowed_bytes - self.resting_bytes
+
+
+def room_for_training(
+    device: torch.device, limit: float | int | None, pending_bytes: int, *, step_bytes: int = 0
+) -> Room:
+    """What the activations of a micro-batch may take, beside all else.
 
     Args:
         device: where the model runs.
         limit: a fraction of the device's memory or a number of bytes for all that this process holds there; `None`
             for 0.9 of what is free.
-        pending_bytes: what training will allocate besides activations: gradients, optimizer states.
+        pending_bytes: what training will allocate, and keep, besides activations: gradients, optimizer states.
+        step_bytes: what the optimizer takes for a moment beside them, when there are no activations.
 
     Raises:
         ValueError: nothing is left.
     """
-    free = free_memory(device)
+    free, used = free_memory(device), used_memory(device)
     if limit is None:
-        room = DEFAULT_FRACTION * free
+        room = int(DEFAULT_FRACTION * free)
     else:
-        allowed = limit if isinstance(limit, int) else limit * total_memory(device)
-        room = min(free, allowed - used_memory(device))
-    room -= pending_bytes
-    if room <= 0:
+        room = int(min(free, (limit if isinstance(limit, int) else limit * total_memory(device)) - used))
+    if room - pending_bytes <= 0 or room - pending_bytes < step_bytes:
         raise ValueError(
             f"memory_limit={limit if limit is not None else DEFAULT_FRACTION}: no memory is left for activations on "
-            f"{device}. This process holds {format_bytes(used_memory(device))}, {format_bytes(free)} are free, and "
-            f"gradients and optimizer states will take {format_bytes(pending_bytes)} more. Raise memory_limit, or "
+            f"{device}. This process holds {format_bytes(used)}, {format_bytes(free)} are free, and "
+            f"gradients and optimizer states will take {format_bytes(pending_bytes)} more"
+            + (f", its step {format_bytes(step_bytes)} for a moment" if step_bytes else "")
+            + ". Raise memory_limit, or "
             "take a smaller model, a smaller dtype, fewer trainable parameters or an optimizer with less state."
         )
-    return int(room)
+    return Room(allowed_bytes=used + room, resting_bytes=used + pending_bytes)
 
 
 def pending_training_bytes(
@@ -148,17 +185,14 @@ def pending_training_bytes(
     *,
     accumulates_in_fp32: bool = False,
 ) -> int:
-    """Bytes of gradients and optimizer states that do not exist yet.
+    """Bytes of gradients and optimizer states that do not exist yet; for states see `optimizer_memory`.
 
-    States are counted as two values a parameter, the most that common optimizers (AdamW) keep, unless there are some
-    already. Gradients that are summed in float32 take four bytes more where weights are half precision.
+    Gradients that are summed in float32 take four bytes more where weights are half precision.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    size = sum(parameter.numel() * parameter.element_size() for parameter in trainable)
     gradients = sum(p.numel() * p.element_size() for p in trainable if p.grad is None)
-    has_states = optimizer is not None and len(optimizer.state) > 0
     sums = 4 * sum(p.numel() for p in half_precision(trainable)) if accumulates_in_fp32 else 0
-    return gradients + sums + (0 if has_states else 2 * size)
+    return gradients + sums + state_bytes(optimizer, trainable)
 
 
 class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -209,27 +243,6 @@ def measure_activations(run: Callable[[], Any]) -> int:
     return int(tracker.peak_bytes)
 
 
-def fit_budget(measured: list[tuple[int, int, int]], max_bytes: int) -> Budget:
-    """The budget that keeps activations under `max_bytes`, from a few measured `(rows, width, bytes)`.
-
-    Bytes are taken as `rows x (a x width + b x width^2)` with the smallest `b`, and then the smallest `a`, for which no
-    measured shape is predicted too small at its own width or wider. What does not grow with the micro-batch (a
-    gradient before it is added, for one) is counted as growing, so small measured shapes give a cautious budget.
-
-    Example:
-        >>> fit_budget([(1, 10, 1000), (1, 100, 20000)], max_bytes=10**6).tokens_at(100)
-        4166
-    """
-    per_cell = sorted((width, size / (rows * width)) for rows, width, size in measured)
-    (narrow, at_narrow), (wide, at_wide) = per_cell[0], per_cell[-1]
-    per_pair = max(0.0, (at_wide - at_narrow) / (wide - narrow)) if wide > narrow else 0.0
-    return Budget(
-        max_bytes=float(max_bytes),
-        bytes_per_cell=SAFETY * max(0.0, *(value - per_pair * width for width, value in per_cell)),
-        bytes_per_pair=SAFETY * per_pair,
-    )
-
-
 def format_bytes(size: float) -> str:
     """A size for people.
 
@@ -244,10 +257,58 @@ def format_bytes(size: float) -> str:
     raise AssertionError("unreachable")
 
 
+def held_memory(device: torch.device) -> int:
+    """Bytes that this process keeps from others on the device; with what the allocator of a GPU has in reserve."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_reserved(device))
+    if device.type == "mps":
+        return int(torch.mps.driver_allocated_memory())
+    return used_memory(device)
+
+
+_highest: dict[torch.device, int] = {}
+"""The most that was held before the last restart: a run's peak is kept when a step's is started anew."""
+
+
+def restart_peak(device: torch.device) -> None:
+    """Has `peak_since_restart` count from here on. Does nothing where the system has no such counter."""
+    _highest[device] = peak_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu" and _CLEAR_PEAK.exists():
+        try:
+            _CLEAR_PEAK.write_text("5")  # the peak resident size becomes what is resident now
+        except OSError:  # not permitted in some containers
+            _read_only.add(device)
+
+
+def peak_since_restart(device: torch.device) -> int:
+    """Most bytes held on the device since `restart_peak`; 0 where that cannot be known."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device))
+    if device.type == "mps":
+        return held_memory(device)  # its allocator keeps what it has had
+    if device.type == "cpu" and _CLEAR_PEAK.exists() and device not in _read_only:
+        return _peak_resident()
+    return 0
+
+
+_CLEAR_PEAK = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+_read_only: set[torch.device] = set()
+
+
+def _peak_resident() -> int:
+    """The peak resident size, in bytes, since it was last cleared; 0 if the system does not tell."""
+    match = re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text())
+    return int(match[1]) * 1024 if match else 0
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes this process has held on the device so far; for a CPU, its peak resident size; 0 where unknown."""
+    now = 0
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    if device.type == "cpu" and sys.platform == "linux":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return 0
+        now = int(torch.cuda.max_memory_allocated(device))
+    elif device.type == "cpu" and sys.platform == "linux":
+        now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return max(now, _highest.get(device, 0))

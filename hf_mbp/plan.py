@@ -48,26 +48,27 @@ class Cost:
 class Budget:
     """The cap on a micro-batch: a number of cells, a number of bytes, or both.
 
-    `max_tokens` caps `rows x width`. `max_bytes` caps `rows x (bytes_per_cell x width + bytes_per_pair x width^2)`,
-    the memory that the activations of a micro-batch need.
+    `max_tokens` caps `rows x width`. `max_bytes` caps the memory that the activations of a micro-batch are expected to
+    need: `rows x (bytes_per_cell x width + bytes_per_pair x width^2)`, and at least `bytes_fixed`.
     """
 
     max_tokens: int | None = None
     max_bytes: float | None = None
+    bytes_fixed: float = 0.0
     bytes_per_cell: float = 0.0
     bytes_per_pair: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
             check_max_tokens(self.max_tokens, "max_tokens")
-        for name in ("max_bytes", "bytes_per_cell", "bytes_per_pair"):
+        for name in ("max_bytes", "bytes_fixed", "bytes_per_cell", "bytes_per_pair"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"Budget.{name} must not be negative, got {value!r}.")
 
     def bytes(self, rows: Any, width: Any) -> Any:
         """Bytes that the activations of a micro-batch `[rows, width]` are expected to need."""
-        return rows * (self.bytes_per_cell * width + self.bytes_per_pair * width**2)
+        return np.maximum(self.bytes_fixed, rows * (self.bytes_per_cell * width + self.bytes_per_pair * width**2))
 
     def fits(self, rows: Any, width: Any) -> Any:
         """Whether micro-batches `[rows, width]` respect the cap; for numbers or arrays."""
@@ -78,7 +79,7 @@ class Budget:
     def tokens_at(self, width: int) -> int:
         """The most cells a micro-batch of rows of `width` tokens may have; 0 if nothing limits it."""
         caps = [] if self.max_tokens is None else [self.max_tokens]
-        per_cell = self.bytes(1, width) / width
+        per_cell = self.bytes_per_cell + self.bytes_per_pair * width
         if self.max_bytes is not None and per_cell > 0:
             caps.append(int(self.max_bytes / per_cell))
         return min(caps, default=0)

@@ -1,69 +1,271 @@
-"""The budget of a run: settled at its first step, kept in its checkpoints, so that a resumed run plans alike."""
+"""The budget of a run: settled at its first step, changed by what the device says, and kept in its checkpoints."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
+from math import inf
 from typing import Any
 
-from hf_mbp import memory
+from hf_mbp import control, memory, wrapped
+from hf_mbp.control import Reading
 from hf_mbp.distributed import Ranks
+from hf_mbp.gauge import Gauge
 from hf_mbp.plan import Budget, Ints
-from hf_mbp.sizing import measure_budget
+from hf_mbp.profile import Failure, Profile, difference, key_of
+from hf_mbp.rehearsal import rehearse
+from hf_mbp.sizing import Sizing, cost_of, measure_budget
+from hf_mbp.step import MicroBatch
 
 STATE_KEY = "hf_mbp"
-"""Where `trainer.state.stateful_callbacks`, which goes into checkpoints, holds the budget."""
+"""Where `trainer.state.stateful_callbacks`, which goes into checkpoints, holds the profile."""
 
 
 class RunBudget:
-    """The budget of one trainer's run."""
+    """The budget of one trainer's run.
 
-    def __init__(self, trainer: Any, ranks: Ranks) -> None:
+    A step calls `settle`, then `planned` with the micro-batches it will run; `shrink` and `checkpoint_from` if memory
+    runs out, on all ranks alike; and `after_step` once the optimizer has stepped, before a checkpoint is saved.
+
+    Args:
+        trainer: whose budget it is.
+        ranks: that have one budget.
+        tell: shows a line to the reader, on the first process.
+    """
+
+    def __init__(self, trainer: Any, ranks: Ranks, tell: Callable[[str], None] = lambda _: None) -> None:
         self._trainer = trainer
         self._ranks = ranks
-        self._budget: Budget | None = None
-        self._checkpoint_from: int | None = None
-        self.is_lowered = False
+        self._tell = tell
+        self.gauge = Gauge(trainer.args.device, may_reset=trainer.args.skip_memory_metrics)
+        self.forget()
 
     def forget(self) -> None:
         """For a new run."""
-        self._budget = None
+        self._profile: Profile | None = None
+        self._planned = Reading()
+        self._seen = Reading()
+        self._looked_at = -1
+
+    # Finding it
 
     @property
     def settled(self) -> Budget | None:
         """The budget as it is now, if it was needed yet."""
-        return self._budget
+        return None if self._profile is None else self._profile.budget
+
+    @property
+    def is_lowered(self) -> bool:
+        """Whether memory ran out, so that the budget is not the one that was asked for or sized."""
+        return self._profile is not None and self._profile.failure is not None
 
     def settle(self, rows: list[Any], sizes: Ints) -> Budget:
-        """The budget: as asked, as kept, or sized from memory on `rows` of the first step."""
-        if self._budget is None:
-            config = self._trainer.mbp_config
-            options = {"max_tokens": config.max_tokens_per_micro_batch, "memory_limit": config.memory_limit}
-            if config.accumulate_in_fp32:  # it takes memory; without it checkpoints of earlier versions still count
-                options["accumulate_in_fp32"] = True
-            states = self._trainer.state.stateful_callbacks
-            kept = states.get(STATE_KEY)
-            self._budget = self._kept(kept["budget"]) if kept and kept["options"] == options else None
-            self._budget = self._budget or self._new(rows, sizes)
-            states[STATE_KEY] = {"options": options, "budget": asdict(self._budget)}
-        return self._budget
+        """The budget: as asked, as kept, or sized from memory on `rows` of the first step; as it has changed since."""
+        profile = self._profile
+        if profile is None:
+            profile = self._kept() or self._new(rows, sizes)
+            self._set(profile)
+        self.gauge.restart()  # an evaluation between the steps is not theirs
+        return profile.budget
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What was asked for; a profile holds for no other."""
+        config = self._trainer.mbp_config
+        options = {"max_tokens": config.max_tokens_per_micro_batch, "memory_limit": config.memory_limit}
+        return options | ({"accumulate_in_fp32": True} if config.accumulate_in_fp32 else {})
+
+    def _kept(self) -> Profile | None:
+        """The profile of the run that is resumed, if it holds here, too."""
+        kept = self._trainer.state.stateful_callbacks.get(STATE_KEY)
+        if not kept or kept.get("options") != self._options:
+            return None
+        profile, reason = None, ""
+        try:
+            profile = Profile.from_json(kept)
+            reason = self._what_differs(profile)
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"its memory profile cannot be read ({error})"
+        if self._ranks.highest(bool(reason)) == 0:
+            return profile
+        warnings.warn(
+            f"The budget of the checkpoint does not hold here: {reason or 'so another process says'}. It is found "
+            "anew, so the run will not repeat the earlier one bit for bit.",
+            stacklevel=2,
+        )
+        return None
+
+    def _what_differs(self, profile: Profile) -> str:
+        if profile.room is None:
+            return ""
+        free = memory.free_memory(self._trainer.args.device)
+        if free < profile.room.activation_bytes:
+            return (
+                f"it was made with {memory.format_bytes(profile.room.activation_bytes)} for activations, more than the "
+                f"{memory.format_bytes(free)} that are free now"
+            )
+        return difference(profile.key, key_of(self._trainer))
+
+    def _new(self, rows: list[Any], sizes: Ints) -> Profile:
+        options, step = self._options, self._trainer.state.global_step
+        max_tokens, key = options["max_tokens"], key_of(self._trainer)
+        if max_tokens is not None and options["memory_limit"] is None:
+            return Profile(key=key, options=options, budget=Budget(max_tokens=max_tokens), settled_at=step)
+        sizing = self._agreed(measure_budget(self._trainer, rows, sizes))
+        profile = Profile(
+            key=key,
+            options=options,
+            budget=replace(sizing.budget, max_tokens=max_tokens),
+            room=sizing.room,
+            held_out_error=sizing.held_out_error,
+            settled_at=step,
+        )
+        return self._rehearsed(profile, len(rows))
+
+    def _agreed(self, sizing: Sizing) -> Sizing:
+        """One sizing for all ranks: the room of the one that has least, and the most that rows of any need."""
+        room, budget = sizing.room, sizing.budget
+        said = self._ranks.gather(
+            *(room.allowed_bytes, room.activation_bytes),
+            *(budget.bytes_fixed, budget.bytes_per_cell, budget.bytes_per_pair),
+            -1 if sizing.held_out_error is None else sizing.held_out_error,
+        )
+        allowed, activations, fixed, per_cell, per_pair, error = zip(*said, strict=True)
+        least = memory.Room(allowed_bytes=int(min(allowed)), resting_bytes=int(min(allowed) - min(activations)))
+        return Sizing(
+            budget=Budget(
+                max_bytes=float(least.activation_bytes),
+                bytes_fixed=max(fixed),
+                bytes_per_cell=max(per_cell),
+                bytes_per_pair=max(per_pair),
+            ),
+            room=least,
+            held_out_error=None if min(error) < 0 else max(error),
+        )
+
+    def _rehearsed(self, profile: Profile, num_rows: int) -> Profile:
+        """The profile after the worst micro-batch of the data was tried, as the rank says that has the least room."""
+        cost = cost_of(self._trainer.model, self._trainer.args.device)
+        tried = rehearse(self._trainer, profile, self.gauge, cost, num_rows)
+        self.gauge.release()
+        caps, failed = zip(*self._ranks.gather(tried.cap, tried.failure.size if tried.failure else inf), strict=True)
+        if min(caps) < tried.cap:
+            why = "another process has less room for its worst micro-batch"
+            tried = profile.with_cap(min(caps), profile.settled_at, why)
+        if min(failed) < inf:
+            tried = replace(tried, failure=Failure(step=profile.settled_at, size=min(failed)))
+        for event in tried.events:
+            self._tell(f"hf_mbp: {event}")
+        return tried
+
+    def describe(self, max_tokens: int) -> str:
+        """The budget in words, of which the longest rows may have `max_tokens` in a micro-batch."""
+        profile = self._profile
+        if profile is None or profile.room is None:
+            return f"at most {max_tokens:,} tokens each, as asked"
+        error = profile.held_out_error
+        return (
+            f"at most {max_tokens:,} tokens each, sized for {memory.format_bytes(profile.room.activation_bytes)} of "
+            f"activations" + ("" if error is None else f", predicted within {max(0.01, error):.0%}")
+        )
+
+    # Changing it
+
+    def planned(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Notes the micro-batches that a step will run, to compare with what the device will say."""
+        profile = self._profile
+        if profile is None or profile.room is None:
+            return
+        shapes = [(mb.num_rows, mb.cells / mb.num_rows) for mb in micro_batches if mb.num_rows and not mb.is_idle]
+        plain = [(rows, width) for rows, width in shapes if not self.is_checkpointed(rows, width)]
+        for rows, width in plain:
+            planned = Reading(planned_bytes=profile.size_of(rows, width), num_rows=rows)
+            self._planned = self._planned.merged(planned)
 
     def shrink(self, rows: int, width: int) -> None:
-        """Makes the budget so small that a micro-batch `[rows, width]` no longer fits."""
-        budget = self._budget or Budget()
-        self.is_lowered = True
-        if budget.max_bytes is None:
-            self._budget = replace(budget, max_tokens=max(1, rows * width // 2))
+        """A micro-batch `[rows, width]` ran out of memory: from now on none as large fits; a row alone always does.
+
+        To be called by every rank with the same numbers.
+        """
+        profile = self._profile
+        if profile is None:
+            return
+        self._planned = self._seen = Reading()
+        step = self._trainer.state.global_step
+        if rows > 1:
+            self._set(control.after_failure(profile, rows, width, step))
         else:
-            self._budget = replace(budget, max_bytes=float(budget.bytes(rows, width)) / 2)
+            self._set(profile.with_cap(profile.cap, step, f"out of memory at one row of width {width:,}"))
 
     def checkpoint_from(self, width: int) -> None:
-        """Has rows of this width and more run with activation checkpointing, when they run alone."""
-        self._checkpoint_from = width
+        """Single rows of this width and more run with activation checkpointing from now on."""
+        profile = self._profile
+        if profile is not None and (profile.checkpoint_from is None or width < profile.checkpoint_from):
+            self._set(profile.with_checkpointing(width, self._trainer.state.global_step))
 
-    def is_checkpointed(self, rows: int, width: int) -> bool:
-        """Whether a micro-batch runs with activation checkpointing."""
-        return rows == 1 and self._checkpoint_from is not None and width >= self._checkpoint_from
+    def is_checkpointed(self, rows: int, width: float) -> bool:
+        """Whether a micro-batch `[rows, width]` runs with activation checkpointing: a row that is too large without."""
+        profile = self._profile
+        if rows != 1 or profile is None:
+            return False
+        if profile.checkpoint_from is not None and width >= profile.checkpoint_from:
+            return True
+        model, max_bytes = self._trainer.model, profile.budget.max_bytes
+        can_be = getattr(model, "supports_gradient_checkpointing", False)
+        is_large = max_bytes is not None and profile.budget.bytes(1, width) > max_bytes
+        return bool(is_large and can_be and not wrapped.checkpoints_activations(model))
+
+    def after_step(self) -> None:
+        """Compares what the device held with what was planned; to be called by every rank after each optimizer step.
+
+        One rank looks every time. Several have to agree, which takes a small gather: every few steps.
+        """
+        profile, step = self._profile, self._trainer.state.global_step
+        if profile is None or step == self._looked_at:
+            return
+        self._looked_at = step
+        if profile.room is not None:
+            self._read(profile.room)
+        if self._ranks.count > 1 and not control.is_due(profile, step):
+            return
+        reading, self._seen = self._seen, Reading()
+        agreed = control.wanted(profile, reading)
+        if profile.room is not None:
+            agreed = self._ranks.lowest(agreed)
+        adapted = control.adapted(profile, step, agreed, reading)
+        if adapted is not profile:
+            self.gauge.release()
+            self._change(adapted)
+
+    def make_room(self) -> None:
+        """Has the allocator give back what it keeps and nothing uses, if that could bring the device beyond its limit.
+
+        To be called between micro-batches; local to this rank.
+        """
+        profile = self._profile
+        if profile is not None and profile.room is not None:
+            self.gauge.tidy(profile.room.resting_bytes, profile.room.allowed_bytes)
+
+    def _read(self, room: memory.Room) -> None:
+        """Adds what the device held in this step to what was seen since the last look."""
+        peak = self.gauge.peak_bytes()
+        seen = replace(self._planned, peak_bytes=self._scaled(peak, room))
+        self._planned = Reading()
+        self._seen = self._seen.merged(seen)
+        self.gauge.tidy(room.resting_bytes, room.allowed_bytes)
+
+    def _scaled(self, peak: int, room: memory.Room) -> float:
+        """The peak, as it would count if others on the device had left as much as when the room was found."""
+        left = self.gauge.held_bytes() + self.gauge.free_bytes()
+        return peak * max(1.0, room.allowed_bytes / max(1, left))
+
+    def _change(self, profile: Profile) -> None:
+        self._set(profile)
+        self._tell(f"hf_mbp: {profile.events[-1]}")
+
+    def _set(self, profile: Profile) -> None:
+        self._profile = profile
+        self._trainer.state.stateful_callbacks[STATE_KEY] = profile.to_json()
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
@@ -75,24 +277,3 @@ class RunBudget:
         finally:
             if kept is not None:
                 states[STATE_KEY] = kept
-
-    def _kept(self, kept: dict[str, Any]) -> Budget | None:
-        """The budget of the run that is resumed, unless it was made where there was more memory."""
-        budget, free = Budget(**kept), memory.free_memory(self._trainer.args.device)
-        if self._ranks.lowest(free) >= (budget.max_bytes or 0):
-            return budget
-        warnings.warn(
-            f"The checkpoint was made with {memory.format_bytes(budget.max_bytes or 0)} for activations, more than the "
-            f"{memory.format_bytes(free)} that are free now: the budget is sized anew, so the run will not repeat the "
-            "earlier one bit for bit.",
-            stacklevel=2,
-        )
-        return None
-
-    def _new(self, rows: list[Any], sizes: Ints) -> Budget:
-        config = self._trainer.mbp_config
-        if config.max_tokens_per_micro_batch is not None and config.memory_limit is None:
-            return Budget(max_tokens=config.max_tokens_per_micro_batch)
-        measured = measure_budget(self._trainer, rows, sizes)
-        room = self._ranks.lowest(measured.max_bytes or 0.0)
-        return replace(measured, max_bytes=room, max_tokens=config.max_tokens_per_micro_batch)

@@ -101,6 +101,7 @@ class Runner:
     def _forward_and_backward(
         self, model: torch.nn.Module, training_step: TrainingStep, micro_batch: MicroBatch
     ) -> torch.Tensor:
+        self._feed.budget.make_room()
         trainer = self._trainer
         varies = self._feed.is_compiled
         checkpointing = compat.checkpointed(trainer.model) if micro_batch.is_checkpointed else nullcontext()

@@ -6,15 +6,18 @@ from typing import Any
 import torch
 
 from hf_mbp import memory, wrapped
-from hf_mbp.collate import num_rows_of
+from hf_mbp.collate import count_cells, num_rows_of
+from hf_mbp.fit import Measured, fit_budget, held_out_error
+from hf_mbp.gauge import Gauge
+from hf_mbp.optimizer_memory import step_bytes
 from hf_mbp.padding import can_be_cut, cut_columns, with_padding
 from hf_mbp.plan import Budget, Cost, Ints
 from hf_mbp.probe import loss_of, modules_of
 from hf_mbp.undisturbed import kept_collator, undisturbed
 
-PROBE_CELLS, PROBE_ROWS = 256, (2, 8)
-"""Cells of a micro-batch that is run to measure its memory: from here on bytes per cell hardly change. Not more rows,
-though, whose images or sounds no one counts in cells, and not one, which batch normalisation refuses."""
+PROBE_CELLS, PROBE_ROWS = 512, (2, 8)
+"""Cells of a narrow micro-batch that is run to measure its memory: from here on bytes per cell hardly change. Not more
+rows, though, of images or sounds, which no one counts in cells, and not one, which batch normalisation refuses."""
 
 NARROW, WIDE = 32, 512
 """Widths at which memory is measured, if rows are that long: far enough apart to tell what grows with their square."""
@@ -73,11 +76,24 @@ def _multiplied_weights(model: torch.nn.Module) -> int:
     return sum(wrapped.num_elements(parameter) for parameter in model.parameters()) - looked_up + tied
 
 
-def measure_budget(trainer: Any, rows: list[Any], sizes: Ints) -> Budget:
-    """The budget that the free memory allows, from the memory that two small micro-batches need.
+@dataclass(frozen=True, kw_only=True)
+class Sizing:
+    """A budget sized from memory, the room it was sized for, and how well it predicts a shape it was not fitted to.
 
-    They are made of the longest row, cut to two widths, so that what grows with the square of the width shows. A row
-    that cannot be cut is measured as it is: what grows with its square is then counted for shorter ones, too.
+    `held_out_error` is relative; `None` if there was no memory to measure one more shape.
+    """
+
+    budget: Budget
+    room: memory.Room
+    held_out_error: float | None
+
+
+def measure_budget(trainer: Any, rows: list[Any], sizes: Ints) -> Sizing:
+    """The budget that the free memory allows, from the memory that a few small micro-batches need.
+
+    They are made of the longest row, cut to several widths and repeated, so that what grows with the rows, with the
+    width, and with its square shows. A row that cannot be cut is measured as it is, several times over: what grows with
+    its square is then counted for shorter ones, too.
 
     Raises:
         ValueError: the model is sharded, or no memory is left.
@@ -90,18 +106,44 @@ def measure_budget(trainer: Any, rows: list[Any], sizes: Ints) -> Budget:
     lengths = sizes.sum(axis=1)
     longest = int(lengths.max())
     row = rows[int(lengths.argmax())]
+    most = _room(trainer).activation_bytes
     with undisturbed(modules_of(trainer)), kept_collator(trainer.data_collator):
         trainer.model.train()
         is_cut = _can_be_cut(trainer, row)
-        widths = {min(longest, NARROW), min(longest, WIDE)} if is_cut else {longest}
-        measured = [_measure(trainer, row, width, is_cut=is_cut) for width in sorted(widths)]
+        fitted, held_out = probe_shapes(longest, is_cut=is_cut)
+        measured = [_measure(trainer, row, *fitted[0], is_cut=is_cut)]
+        for shape in (*fitted[1:], held_out):
+            if is_cut or shape[0] / measured[0][0] * measured[0][2] < most:
+                measured.append(_measure(trainer, row, *shape, is_cut=is_cut))
+    error = held_out_error(measured[:-1], measured[-1]) if len(measured) > len(fitted) else None
+    Gauge(trainer.args.device).release()  # what was needed to measure is not what training holds
+    room = _room(trainer)
+    return Sizing(budget=fit_budget(measured, room.activation_bytes), room=room, held_out_error=error)
+
+
+def probe_shapes(longest: int, *, is_cut: bool) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """Shapes, `(rows, width)`, to fit bytes to, and one to hold out, for rows up to `longest`.
+
+    Example:
+        >>> probe_shapes(2000, is_cut=True), probe_shapes(1, is_cut=False)
+        (([(2, 32), (16, 32), (2, 512)], (4, 128)), ([(2, 1), (8, 1)], (5, 1)))
+    """
+    fewest, most = PROBE_ROWS
+    narrow, wide = (min(longest, NARROW), min(longest, WIDE)) if is_cut else (longest, longest)
+    many = min(2 * most if is_cut else most, max(2 * fewest, -(-PROBE_CELLS // narrow)))
+    if narrow == wide:
+        return [(fewest, narrow), (many, narrow)], ((fewest + many) // 2, narrow)
+    return [(fewest, narrow), (many, narrow), (fewest, wide)], (2 * fewest, round((narrow * wide) ** 0.5))
+
+
+def _room(trainer: Any) -> memory.Room:
+    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     pending = memory.pending_training_bytes(
-        list(trainer.model.parameters()),
-        trainer.optimizer,
-        accumulates_in_fp32=trainer.mbp_config.accumulate_in_fp32,
+        parameters, trainer.optimizer, accumulates_in_fp32=trainer.mbp_config.accumulate_in_fp32
     )
     limit = memory.parse_memory_limit(trainer.mbp_config.memory_limit)
-    return memory.fit_budget(measured, memory.room_for_activations(trainer.args.device, limit, pending))
+    for_a_step = step_bytes(trainer.optimizer, parameters)
+    return memory.room_for_training(trainer.args.device, limit, pending, step_bytes=for_a_step)
 
 
 def _can_be_cut(trainer: Any, row: Any) -> bool:
@@ -109,10 +151,8 @@ def _can_be_cut(trainer: Any, row: Any) -> bool:
     return can_be_cut(inputs) and num_rows_of(inputs) == 2
 
 
-def _measure(trainer: Any, row: Any, width: int, *, is_cut: bool) -> tuple[int, int, int]:
-    """`(rows, width, bytes)` of a micro-batch of about `PROBE_CELLS` cells: a row repeated, cut to `width` or not."""
-    fewest, most = PROBE_ROWS
-    num_rows = min(most, max(fewest, -(-PROBE_CELLS // width)))
+def _measure(trainer: Any, row: Any, num_rows: int, width: int, *, is_cut: bool) -> Measured:
+    """Peak bytes of a micro-batch of a row repeated, cut to `width` or not, and the width that it really has."""
     (inputs,) = trainer.mbp_feed.collate([[row] * num_rows])
     if is_cut:
         inputs = with_padding(cut_columns(inputs, width))
@@ -124,4 +164,8 @@ def _measure(trainer: Any, row: Any, width: int, *, is_cut: bool) -> tuple[int, 
     def run() -> None:
         loss_of(trainer, inputs, num_items).backward()  # type: ignore[no-untyped-call]
 
-    return num_rows, width, memory.measure_activations(run)
+    has_targets = bool(getattr(getattr(trainer.model, "config", None), "is_encoder_decoder", False))
+    cells = count_cells(
+        inputs, with_targets=has_targets
+    )  # targets and further choices are cut otherwise, or not at all
+    return num_rows, width if cells is None else cells / num_rows, memory.measure_activations(run)

@@ -183,8 +183,9 @@ class MBPMixin(_Base):
             self.state.log_history[-1].pop(name, None)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Stops the clock of the step first, so that evaluation and saving are not counted."""
+        """Ends the step first, so that evaluation and saving are not counted, and the budget is saved as it is now."""
         self._report.stop_clock()
+        self.mbp_feed.budget.after_step()
         self._logs_step = True
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)

@@ -70,6 +70,19 @@ def needs_half_precision(modules: list[torch.nn.Module]) -> str | None:
     return None
 
 
+def attention_of(model: torch.nn.Module) -> str:
+    """How the model computes attention, as transformers calls it; it keeps that in `config._attn_implementation`."""
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", None))
+
+
+def checkpoints_activations(model: torch.nn.Module) -> bool:
+    """Whether any part of the model runs with activation checkpointing.
+
+    By the attribute of its modules: the property of models has another name from transformers 5.24 on.
+    """
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def compiles(accelerator: Any, model: torch.nn.Module) -> bool:
     """Whether torch.compile runs the model or a part of it, by the user or by Accelerate (`torch_compile=True`).
 

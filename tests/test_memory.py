@@ -11,23 +11,18 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import BertForMaskedLM
+from hypothesis import settings
 
 from hf_mbp import memory
 from hf_mbp.memory import (
     DEFAULT_FRACTION,
-    SAFETY,
     AllocationTracker,
-    fit_budget,
     format_bytes,
     measure_activations,
     parse_memory_limit,
     pending_training_bytes,
-    room_for_activations,
+    room_for_training,
 )
-from tests.helpers import VOCABULARY, bert_config, build
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -195,94 +190,6 @@ def test_sparse_gradients_do_not_stop_the_count() -> None:
     assert measure_activations(lambda: embedding(torch.tensor([1, 2])).sum().backward()) > 0
 
 
-# fit_budget
-
-
-@st.composite
-def measurements(draw: Any) -> list[tuple[int, int, int]]:
-    """Shapes as `measure_budget` takes them, and others beside them, of any model with a linear and a square part."""
-    per_cell, per_pair, fixed = draw(st.integers(1, 10**5)), draw(st.integers(0, 10**3)), draw(st.integers(0, 10**7))
-    widths = draw(st.lists(st.integers(32, 512), min_size=1, max_size=4, unique=True))
-    rows = draw(st.integers(1, 16))
-    return [(rows, width, rows * width * (per_cell + per_pair * width) + fixed) for width in widths]
-
-
-@given(measured=measurements(), wider=st.integers(0, 1000))
-@quick
-def test_no_measured_shape_is_predicted_too_small(measured: list[tuple[int, int, int]], wider: int) -> None:
-    budget = fit_budget(measured, max_bytes=10**9)
-    for rows, width, size in measured:
-        assert budget.bytes(rows, width) >= size * (1 + 1e-9)
-        assert budget.bytes(rows, width + wider) >= size * (1 + 1e-9)
-
-
-@given(
-    per_cell=st.integers(1, 10**5),
-    per_pair=st.integers(0, 10**3),
-    widths=st.tuples(st.integers(1, 99), st.integers(100, 512)),
-)
-@quick
-def test_what_grows_by_the_model_is_found(per_cell: int, per_pair: int, widths: tuple[int, int]) -> None:
-    measured = [(3, width, 3 * width * (per_cell + per_pair * width)) for width in widths]
-    budget = fit_budget(measured, max_bytes=10**9)
-    assert budget.bytes_per_cell == pytest.approx(SAFETY * per_cell)
-    assert budget.bytes_per_pair == pytest.approx(SAFETY * per_pair, abs=1e-6)
-    assert budget.max_bytes == 10**9
-    assert budget.max_tokens is None
-
-
-def test_one_shape_is_enough_for_a_linear_budget() -> None:
-    assert fit_budget([(4, 10, 4000)], max_bytes=12_000).tokens_at(10) == 100
-
-
-def test_bytes_that_grow_faster_than_the_square_still_give_a_budget() -> None:
-    measured = [(1, 10, 10), (1, 100, 100_000)]
-    budget = fit_budget(measured, max_bytes=10**9)
-    assert all(budget.bytes(rows, width) >= size for rows, width, size in measured)
-
-
-# A real model
-
-
-@pytest.fixture(scope="module")
-def bytes_of() -> Callable[[int, int], int]:
-    """Peak bytes of the activations of a BERT for `rows` and `width`."""
-    config = bert_config(max_position_embeddings=512, hidden_dropout_prob=0.1, num_hidden_layers=3)
-    model = build(BertForMaskedLM, config).train()
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-
-    def measure(rows: int, width: int) -> int:
-        token_ids = torch.randint(5, VOCABULARY, (rows, width))
-        inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids), "labels": token_ids}
-        return measure_activations(lambda: model(**inputs).loss.backward())
-
-    return measure
-
-
-MEASURED = [(8, 32), (1, 300)]
-HELD_OUT = [(1, 40), (3, 37), (16, 48), (2, 200), (40, 33), (5, 100), (1, 512)]
-
-
-def test_held_out_shapes_of_a_real_model_stay_under_the_prediction(bytes_of: Callable[[int, int], int]) -> None:
-    budget = fit_budget([(rows, width, bytes_of(rows, width)) for rows, width in MEASURED], max_bytes=10**9)
-    for rows, width in HELD_OUT:
-        ratio = budget.bytes(rows, width) / bytes_of(rows, width)
-        assert 1 <= ratio < 2, (rows, width, ratio)
-
-
-@pytest.mark.parametrize("width", [24, 64, 150, 400])
-def test_largest_micro_batch_that_a_budget_allows_stays_under_its_bytes(
-    bytes_of: Callable[[int, int], int], width: int
-) -> None:
-    max_bytes = 20_000_000
-    budget = fit_budget([(rows, at, bytes_of(rows, at)) for rows, at in MEASURED], max_bytes=max_bytes)
-    rows = budget.tokens_at(width) // width
-    assert budget.fits(rows, width)
-    assert not budget.fits(rows + 1, width)
-    assert 0.5 * max_bytes < bytes_of(rows, width) <= max_bytes
-
-
 # What there is
 
 
@@ -312,14 +219,14 @@ def test_room_is_the_limit_less_what_is_taken(
     device_with: Any, limit: float | int | None, pending: int, room: float
 ) -> None:
     device_with(1000, 300, 600)
-    assert room_for_activations(CPU, limit, pending) == int(room)
+    assert room_for_training(CPU, limit, pending).activation_bytes == int(room)
 
 
 @pytest.mark.parametrize(("limit", "pending"), [(300, 0), (450, 150), (0.1, 0), (None, 600)])
 def test_no_room_is_an_error_that_names_what_takes_it(device_with: Any, limit: Any, pending: int) -> None:
     device_with(1000, 300, 600)
     with pytest.raises(ValueError, match="no memory is left for activations on cpu") as error:
-        room_for_activations(CPU, limit, pending)
+        room_for_training(CPU, limit, pending)
     message = str(error.value)
     assert message.startswith(f"memory_limit={DEFAULT_FRACTION if limit is None else limit}: ")
     assert "This process holds 300 B, 600 B are free" in message
@@ -340,7 +247,7 @@ def test_an_address_space_limit_bounds_what_is_free() -> None:
         assert memory.total_memory(cpu) == min(limit, psutil.virtual_memory().total)
         kept = torch.ones(2**27)
         assert memory.free_memory(cpu) <= GIB // 2, memory.free_memory(cpu)
-        assert memory.room_for_activations(cpu, None, 1000) <= 0.9 * GIB // 2
+        assert memory.room_for_training(cpu, None, 1000).activation_bytes <= 0.9 * GIB // 2
         try:
             torch.ones(memory.free_memory(cpu) // 4 + 2**24)
         except RuntimeError as error:

@@ -187,7 +187,7 @@ def test_measuring_leaves_no_trace(kind: str, tmp_path: Path) -> None:
     first = next(model.parameters())
     first.grad = torch.rand_like(first)
     gradient, before = first.grad, snapshot(model)
-    budget = measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows))
+    budget = measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows)).budget
     assert budget.bytes_per_cell > 0
     assert snapshot(model) == before
     assert first.grad is gradient
@@ -236,6 +236,7 @@ def peaks_of(model: Any, rows: list[Any], folder: Path, **changes: Any) -> tuple
 def nothing_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits then mean the memory that training takes, whatever the tests have used before."""
     monkeypatch.setattr(memory, "used_memory", lambda device: 0)
+    monkeypatch.setattr(memory, "peak_since_restart", lambda device: 0)
 
 
 @pytest.mark.usefixtures("nothing_used")
@@ -265,9 +266,9 @@ def test_a_small_limit_splits_more_than_a_large_one(tmp_path: Path) -> None:
 
     rows = with_labels(token_rows(), masked_prefix)
     assert micro_batches("4GB") == micro_batches(None) == 1
-    assert micro_batches("900KB") >= 4
+    assert micro_batches("600KB") >= 4
     assert micro_batches("4GB", max_tokens_per_micro_batch=64) >= 4
-    assert micro_batches("900KB", max_tokens_per_micro_batch=10_000) == micro_batches("900KB")
+    assert micro_batches("600KB", max_tokens_per_micro_batch=10_000) == micro_batches("600KB")
 
 
 @pytest.mark.usefixtures("nothing_used")
@@ -298,7 +299,7 @@ def test_a_sharded_model_needs_a_given_number_of_tokens(tmp_path: Path, monkeypa
 def test_rows_of_any_length_can_be_measured(high: int, tmp_path: Path) -> None:
     rows = class_rows(low=1, high=high)
     trainer = unsized(build(BertForSequenceClassification, bert_config(num_labels=3)), rows, tmp_path)
-    budget = measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows))
+    budget = measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows)).budget
     assert budget.bytes(1, high) > 0
 
 
@@ -321,7 +322,7 @@ def test_rows_without_tokens_are_measured_a_few_at_a_time(tmp_path: Path) -> Non
     rows = [{"pixel_values": torch.rand(3, 4, 4), "labels": index % 2} for index in range(16)]
     model = Shapes()
     trainer = unsized(model, rows, tmp_path)
-    budget = measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows))
+    budget = measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows)).budget
     assert model.noted()
     assert all(shape[1:] == (3, 4, 4) and shape[0] <= 8 for shape in model.noted())
     assert budget.bytes(4, 1) >= 4 * 3 * 4 * 4 * 4
@@ -339,7 +340,7 @@ def test_rows_laid_end_to_end_are_measured_at_their_length(tmp_path: Path) -> No
     model.noted().clear()
     measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows))
     assert model.noted()
-    assert {shape for shape in model.noted() if shape[1] > 2 * longest} == {(1, -(-256 // longest) * longest)}
+    assert {shape[1] / longest for shape in model.noted() if shape[1] > 2 * longest} == {5, 8}
 
 
 @pytest.mark.parametrize("key", ["attention_mask", "token_weights", "pairs"])
@@ -363,4 +364,4 @@ def test_values_as_wide_as_the_tokens_do_not_break_the_probe(key: str, tmp_path:
 
     rows = token_rows(low=40, high=60)
     trainer = unsized(Wide(), rows, tmp_path, data_collator=pad)
-    assert measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows)).max_bytes
+    assert measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows)).budget.max_bytes

@@ -1,0 +1,169 @@
+"""What a run keeps about its memory, in its checkpoints: how the budget was found, every change of it, and for what."""
+
+import platform
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from hf_mbp import wrapped
+from hf_mbp.memory import Room, format_bytes
+from hf_mbp.plan import Budget
+
+VERSION = 1
+"""Of the JSON. A profile of a later version is not read; one of an earlier version is, or is refused here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A change: after `step` optimizer steps `what` went from `before` to `after`, and why."""
+
+    step: int
+    what: str
+    before: float | None
+    after: float | None
+    why: str
+
+    def __str__(self) -> str:
+        return f"after step {self.step:,} {self.what} changes from {self._shown(self.before)} to " + (
+            f"{self._shown(self.after)}: {self.why}."
+        )
+
+    def _shown(self, value: float | None) -> str:
+        if value is None:
+            return "none"
+        return format_bytes(value) if self.what.endswith("bytes") else f"{value:,.0f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Memory ran out, after `step` optimizer steps, at a micro-batch of `size`: bytes as predicted, or cells."""
+
+    step: int
+    size: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """The budget of a run, and what is known about it.
+
+    `key` says for which model, device and libraries it holds, `options` what was asked for, `room` what the device has,
+    `held_out_error` how well a measured shape was predicted from the others. Single rows from `checkpoint_from` tokens
+    on run with activation checkpointing. `settled_at` is the number of steps before the budget was found.
+    """
+
+    key: dict[str, str]
+    options: dict[str, Any]
+    budget: Budget
+    room: Room | None = None
+    held_out_error: float | None = None
+    checkpoint_from: int | None = None
+    failure: Failure | None = None
+    settled_at: int = 0
+    events: tuple[Event, ...] = ()
+
+    @property
+    def knob(self) -> str:
+        """What a change of the budget changes: `max_bytes`, or `max_tokens` where bytes are not known."""
+        return "max_tokens" if self.budget.max_bytes is None else "max_bytes"
+
+    @property
+    def cap(self) -> float:
+        """The value of the knob."""
+        value: float = getattr(self.budget, self.knob)
+        return value
+
+    @property
+    def most(self) -> float:
+        """What the cap was before anything happened."""
+        if self.knob == "max_tokens":
+            return float(self.options["max_tokens"])
+        return float(self.room.activation_bytes) if self.room else self.cap
+
+    @property
+    def changed_at(self) -> int:
+        """Steps before the last change."""
+        return self.events[-1].step if self.events else self.settled_at
+
+    def size_of(self, rows: int, width: float) -> float:
+        """What a micro-batch takes of the cap."""
+        return float(rows * width if self.knob == "max_tokens" else self.budget.bytes(rows, width))
+
+    def with_cap(self, cap: float, step: int, why: str) -> "Profile":
+        """With another cap, and the event of it; at least 1."""
+        if self.knob == "max_tokens":
+            budget = replace(self.budget, max_tokens=max(1, int(cap)))
+        else:
+            budget = replace(self.budget, max_bytes=max(1.0, cap))
+        changed = replace(self, budget=budget)
+        event = Event(step=step, what=self.knob, before=self.cap, after=changed.cap, why=why)
+        return replace(changed, events=(*self.events, event))
+
+    def with_checkpointing(self, width: int, step: int) -> "Profile":
+        """With activation checkpointing for single rows of this width and more."""
+        event = Event(
+            step=step,
+            what="checkpoint_from",
+            before=self.checkpoint_from,
+            after=width,
+            why=f"out of memory at one row of width {width:,}",
+        )
+        return replace(self, checkpoint_from=width, events=(*self.events, event))
+
+    def to_json(self) -> dict[str, Any]:
+        """As it goes into a checkpoint."""
+        fields = asdict(self)
+        fields["events"] = [
+            {"step": e.step, "what": e.what, "from": e.before, "to": e.after, "why": e.why} for e in self.events
+        ]
+        return {"version": VERSION, **fields}
+
+    @classmethod
+    def from_json(cls, kept: dict[str, Any]) -> "Profile":
+        """As it was kept.
+
+        Raises:
+            ValueError: by another version of this library, in a way that this one does not know.
+        """
+        if kept.get("version") != VERSION:
+            raise ValueError(f"a memory profile of version {kept.get('version')!r} is not known here, only {VERSION}")
+        fields = {name: value for name, value in kept.items() if name != "version"}
+        fields["budget"] = Budget(**kept["budget"])
+        fields["room"] = Room(**kept["room"]) if kept["room"] else None
+        fields["failure"] = Failure(**kept["failure"]) if kept["failure"] else None
+        fields["events"] = tuple(
+            Event(step=e["step"], what=e["what"], before=e["from"], after=e["to"], why=e["why"]) for e in kept["events"]
+        )
+        return cls(**fields)
+
+
+def key_of(trainer: Any) -> dict[str, str]:
+    """For what a profile holds: the model, its dtypes and attention, the way it is trained, device and libraries."""
+    model = trainer.model
+    parameters = list(model.parameters())
+    trained = sum(wrapped.num_elements(parameter) for parameter in parameters if parameter.requires_grad)
+    total = sum(wrapped.num_elements(parameter) for parameter in parameters)
+    return {
+        "model": f"{type(model).__name__}, {total:,} parameters, {trained:,} trained",
+        "dtype": ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})),
+        "mixed precision": str(trainer.accelerator.mixed_precision),
+        "attention": wrapped.attention_of(model),
+        "activation checkpointing": str(wrapped.checkpoints_activations(model)),
+        "optimizer": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
+        "device": _device_name(trainer.args.device),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
+
+
+def difference(kept: dict[str, str], now: dict[str, str]) -> str:
+    """What differs between two keys, for people; empty if nothing does."""
+    names = [name for name in {**kept, **now} if kept.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {kept.get(name)} and is {now.get(name)}" for name in names)

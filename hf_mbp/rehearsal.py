@@ -1,0 +1,176 @@
+"""Runs the worst micro-batch of the whole data set on the side, before the first step, where the lengths are known."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_mbp import collate, loaders, memory
+from hf_mbp.collate import Batch
+from hf_mbp.control import AIM_OF_ONE, Reading, after_failure, corrected
+from hf_mbp.gauge import Gauge
+from hf_mbp.out_of_memory import is_out_of_memory
+from hf_mbp.padding import with_padding
+from hf_mbp.plan import Cost, Ints, plan_rows
+from hf_mbp.probe import loss_of, modules_of
+from hf_mbp.profile import Profile
+from hf_mbp.undisturbed import kept_collator, own_random_numbers, undisturbed, untouched
+
+MOST_ROWS_READ = 50_000
+"""Rows of a list whose lengths are looked up one by one, a few microseconds each."""
+
+ARROW_BATCH = 10_000
+
+WORTH_IT = 0.5
+"""Share of the budget below which the worst micro-batch is not tried: what it would show is far from the limit."""
+
+WIDER = 2
+"""How much longer than its `input_ids` a row may be, with its targets, for a first look at whether trying is worth it:
+a longer one is only not tried."""
+
+MOST_TRIALS = 6
+"""A budget that is halved so often without fitting is wrong about something else."""
+
+MOST_CHANGE = 2.0
+"""Factor by which one trial changes a budget, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worst:
+    """Rows of a micro-batch, its number of rows, width, and the bytes that are predicted for it."""
+
+    rows: list[Any]
+    width: int
+    planned_bytes: float
+
+
+def rehearse(trainer: Any, profile: Profile, gauge: Gauge, cost: Cost, num_rows: int) -> Profile:
+    """The profile as the worst micro-batch corrects it; as it is, where that cannot be known or is far from the limit.
+
+    Nothing of the trainer is changed. A micro-batch that runs out of memory halves the budget, and the worst that is
+    left is tried.
+
+    Args:
+        trainer: with a model that is not sharded: what runs here is no collective.
+        profile: with a budget of bytes.
+        gauge: of the device.
+        cost: that plans are made with.
+        num_rows: of a mini-batch on this rank.
+    """
+    lengths = known_lengths(trainer.train_dataset)
+    if lengths is None or profile.size_of(num_rows, WIDER * float(lengths.max())) < WORTH_IT * profile.cap:
+        return profile
+    rows = longest_rows(trainer, num_rows)
+    step = trainer.state.global_step
+    for _ in range(MOST_TRIALS if rows else 0):
+        worst = worst_of(trainer, rows, profile, cost)
+        if worst is None:
+            break
+        taken = _taken(trainer, worst, gauge)
+        if taken is not None:
+            return _corrected(profile, worst, taken, step)
+        gauge.release()
+        profile = after_failure(profile, len(worst.rows), worst.width, step)
+    return profile
+
+
+def _corrected(profile: Profile, worst: Worst, taken: int, step: int) -> Profile:
+    """The profile with the budget that this much memory for its worst micro-batch leads to."""
+    room = profile.room
+    if room is None or taken == 0:
+        return profile
+    reading = Reading(
+        peak_bytes=room.resting_bytes + taken, planned_bytes=worst.planned_bytes, num_rows=len(worst.rows)
+    )
+    cap = min(max(corrected(room, reading, AIM_OF_ONE), profile.cap / MOST_CHANGE), profile.cap * MOST_CHANGE)
+    why = (
+        f"the worst micro-batch of the data, {len(worst.rows):,} rows of width {worst.width:,}, was tried and took "
+        f"{memory.format_bytes(taken)}, predicted were {memory.format_bytes(worst.planned_bytes)}"
+    )
+    return profile.with_cap(cap, step, why)
+
+
+def worst_of(trainer: Any, rows: list[Any], profile: Profile, cost: Cost) -> Worst | None:
+    """Of the micro-batches that a mini-batch of these rows is planned as, the one that needs most; single rows beyond
+    the budget aside. `None` if it needs little."""
+    sizes = trainer.mbp_feed.sizes(rows)
+    if collate.need_one_width(rows[0]):
+        sizes = np.broadcast_to(sizes.max(axis=0), sizes.shape)
+    found = None
+    for group in plan_rows(sizes, profile.budget, cost):
+        width = int(sizes[group].max(axis=0).sum())
+        planned = float(profile.budget.bytes(len(group), width))
+        if planned <= profile.cap and (found is None or planned > found.planned_bytes):
+            found = Worst(rows=[rows[index] for index in group], width=width, planned_bytes=planned)
+    return found if found is not None and found.planned_bytes >= WORTH_IT * profile.cap else None
+
+
+def _taken(trainer: Any, worst: Worst, gauge: Gauge) -> int | None:
+    """Bytes that the micro-batch took beside weights and gradients, 0 if unknown; `None` if there were not enough."""
+    try:
+        return _run(trainer, worst, gauge)
+    except (RuntimeError, MemoryError) as error:  # the frames of its traceback hold tensors: nothing is done here
+        if not is_out_of_memory(error) or len(worst.rows) == 1:
+            raise
+    return None
+
+
+def _run(trainer: Any, worst: Worst, gauge: Gauge) -> int:
+    with undisturbed(modules_of(trainer)), kept_collator(trainer.data_collator):
+        trainer.model.train()
+        (inputs,) = trainer.mbp_feed.collate([worst.rows])
+        inputs = with_padding(inputs)
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        num_items = max(1.0, trainer.num_items(inputs))
+        gauge.release()
+        gauge.restart()
+        held = gauge.held_bytes()
+        loss_of(trainer, inputs, num_items).backward()  # type: ignore[no-untyped-call]
+        return max(0, gauge.peak_bytes() - held)
+
+
+def longest_rows(trainer: Any, num_rows: int) -> list[Any]:
+    """The longest rows of the training data, as the collator gets them; none where the lengths are not at hand."""
+    lengths = known_lengths(trainer.train_dataset)
+    if lengths is None:
+        return []
+    longest = np.argsort(-lengths, kind="stable")[:num_rows]
+    with ExitStack() as stack:
+        stack.enter_context(own_random_numbers(modules_of(trainer)))
+        stack.enter_context(untouched(trainer))
+        loader = loaders.source_of(trainer.get_train_dataloader())
+        if not hasattr(loader.dataset, "__getitem__") or len(loader.dataset) != len(lengths):
+            return []
+        batch = loader.collate_fn([loader.dataset[int(index)] for index in longest])
+    return batch.unpack() if isinstance(batch, Batch) else []
+
+
+def known_lengths(dataset: Any) -> Ints | None:
+    """Tokens of each row of a data set, where they can be had without computing a row: of its `input_ids`.
+
+    Those of a `datasets.Dataset` are read from its table; those of a list are counted. `None` for all else, also for
+    rows that are made when they are asked for.
+    """
+    if isinstance(dataset, (list, tuple)):
+        is_tokens = bool(dataset) and isinstance(dataset[0], Mapping) and "input_ids" in dataset[0]
+        if not is_tokens or len(dataset) > MOST_ROWS_READ:
+            return None
+        return np.array([collate.row_length(row) for row in dataset], dtype=np.int64)
+    is_table = hasattr(dataset, "select_columns") and "input_ids" in (getattr(dataset, "column_names", None) or [])
+    if not is_table or not len(dataset) or dataset.format["type"] == "custom":
+        return None
+    return _table_lengths(dataset.select_columns("input_ids").with_format("arrow"))
+
+
+def _table_lengths(dataset: Any) -> Ints | None:
+    """Lengths of the lists in a column, by where each begins in its table."""
+    chunks = [chunk for table in dataset.iter(ARROW_BATCH) for chunk in table.column("input_ids").chunks]
+    if not all(hasattr(chunk, "value_lengths") for chunk in chunks):  # no lists
+        return None
+    lengths = [chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False) for chunk in chunks]
+    return np.concatenate(lengths).astype(np.int64)

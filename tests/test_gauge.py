@@ -1,0 +1,57 @@
+"""The peak of a step is read by itself, and the peak of the run is not lost by that."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_mbp import memory
+from hf_mbp.gauge import Gauge
+
+CPU = torch.device("cpu")
+SIZE = 64 * 2**20
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak of a step is read from /proc")
+
+
+@linux
+def test_a_peak_counts_from_the_restart_on() -> None:
+    gauge = Gauge(CPU)
+    gauge.release()
+    torch.ones(3 * SIZE // 4)
+    gauge.restart()
+    before = gauge.held_bytes()
+    assert gauge.peak_bytes() - before < SIZE
+    torch.ones(SIZE // 4)
+    assert 0.9 * SIZE < gauge.peak_bytes() - before < 1.5 * SIZE
+    assert memory.peak_memory(CPU) - before > 2 * SIZE
+
+
+def test_a_device_that_cannot_be_read_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CLEAR_PEAK", Path("/nowhere"))
+    gauge = Gauge(CPU)
+    gauge.restart()
+    assert gauge.peak_bytes() == 0
+    assert gauge.held_bytes() > 0
+
+
+def test_memory_is_given_back_only_if_much_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    gauge, calls = Gauge(CPU), []
+    monkeypatch.setattr(gauge, "release", lambda: calls.append(1))
+    monkeypatch.setattr(memory, "held_memory", lambda device: 500)
+    gauge.tidy(400, 1000)
+    assert not calls
+    gauge.tidy(300, 1000)
+    assert calls
+
+
+def test_processes_of_a_machine_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_group_limits", lambda: [(8000, 2000)])
+    assert memory.free_memory(CPU) == 6000
+    assert memory.total_memory(CPU) == 8000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert memory.free_memory(CPU) == 2000
+    monkeypatch.setattr(memory, "_own_limits", lambda: [(5000, 4000)])
+    assert memory.free_memory(CPU) == 1000
+    assert memory.total_memory(CPU) == 8000 // 3
