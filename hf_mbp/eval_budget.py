@@ -21,8 +21,8 @@ def inference_budget(trainer: Any, batch: EvalBatch, run: Callable[[Inputs], Any
     """The budget that the free memory allows for a batch, from what small micro-batches of its longest row take.
 
     Activations are freed layer by layer, but logits have an entry for each word of the vocabulary. On a CPU the
-    outputs of the whole batch take memory beside them. Where no memory is left rows run one by one: an evaluation before
-    training leaves it to the training to refuse.
+    outputs of the whole batch take memory beside them. Where no memory is left rows run one by one: an evaluation
+    before training leaves it to the training to refuse.
 
     Args:
         trainer: has the options and the device.
