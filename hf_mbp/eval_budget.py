@@ -22,15 +22,13 @@ def inference_budget(trainer: Any, batch: EvalBatch, run: Callable[[Inputs], Any
     """The budget that the free memory allows for a batch, from what small micro-batches of its longest row take.
 
     Activations are freed layer by layer, but logits have an entry for each word of the vocabulary. On a CPU the
-    outputs of the whole batch take memory beside them.
+    outputs of the whole batch take memory beside them. Where no memory is left rows run one by one: an evaluation
+    before training leaves it to the training to refuse.
 
     Args:
         trainer: has the options and the device.
         batch: the first one.
         run: a prediction step, which returns its outputs on the host.
-
-    Raises:
-        ValueError: no memory is left.
     """
     lengths = batch.sizes(cuts=batch.is_cuttable).sum(axis=1)
     example = int(lengths.argmax())
@@ -43,12 +41,19 @@ def inference_budget(trainer: Any, batch: EvalBatch, run: Callable[[Inputs], Any
         size = memory.measure_activations(partial(_run, run, inputs, outputs))
         measured.append((num_rows, -(-cells // num_rows), size))
         per_cell = max(per_cell, num_bytes(outputs) / cells)
-    limit = memory.parse_memory_limit(trainer.mbp_config.memory_limit)
-    room = memory.room_for_training(trainer.args.device, limit, 0).activation_bytes
+    room = _room(trainer)
     if trainer.args.device.type == "cpu":
         room = max(1, room - int(COPIES * per_cell * int(lengths.max()) * batch.num_examples))
     budget = fit_budget(measured, room)
     return replace(budget, max_tokens=trainer.mbp_config.max_tokens_per_micro_batch)
+
+
+def _room(trainer: Any) -> int:
+    limit = memory.parse_memory_limit(trainer.mbp_config.memory_limit)
+    try:
+        return memory.room_for_training(trainer.args.device, limit, 0).activation_bytes
+    except ValueError:  # nothing is left
+        return 1
 
 
 def _run(run: Callable[[Inputs], Any], inputs: Inputs, outputs: list[Any]) -> None:
