@@ -2,6 +2,7 @@
 
 from hf_mbp.config import MBPConfig
 from hf_mbp.equivalence import EquivalenceReport, InexactError, check_equivalence
+from hf_mbp.estimate import MemoryEstimate, estimate_max_tokens, estimate_memory
 from hf_mbp.loop import MiniBatchReport, run_mini_batch
 from hf_mbp.plan import plan_micro_batches
 from hf_mbp.trainer import MBPMixin, MBPSeq2SeqTrainer, MBPTrainer
@@ -15,8 +16,11 @@ __all__ = [
     "MBPMixin",
     "MBPSeq2SeqTrainer",
     "MBPTrainer",
+    "MemoryEstimate",
     "MiniBatchReport",
     "check_equivalence",
+    "estimate_max_tokens",
+    "estimate_memory",
     "plan_micro_batches",
     "run_mini_batch",
 ]

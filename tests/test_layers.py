@@ -26,6 +26,8 @@ LAYERS = [
     "findings",
     "comparison",
     "sizing",
+    "estimate",
+    "fake",
     "probe",
     "training_mode",
     "full_precision",
@@ -48,7 +50,7 @@ LAYERS = [
 """From the top down. A module imports only modules further down; `cli` is a package, and imports within it are its own
 business."""
 
-KNOWS_UPSTREAM = {"cli", "trainer", "loaders", "refusals", "compat", "wrapped"}
+KNOWS_UPSTREAM = {"cli", "trainer", "estimate", "loaders", "refusals", "compat", "wrapped"}
 """`compat` and `wrapped` know private names of transformers, Accelerate and torch, the others public ones."""
 
 
