@@ -1,4 +1,7 @@
-"""Writes what `paper_claim.py` has measured as a page and a picture: `python scripts/paper_claim_report.py NAME.json`."""
+"""Writes what `paper_claim.py` has measured as a page and a picture.
+
+python scripts/paper_claim_report.py docs/paper_claim.json
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ INTRODUCTION = """\
 
 Written by `scripts/paper_claim.py`; run it again to measure on your machine.
 
-[Piao et al.](https://arxiv.org/abs/2110.12484) claim that with micro-batches a mini-batch may be far larger than what fits
-the memory, and that the model learns as if it did fit. Here the mini-batch is the whole data set. The limit is real:
-once model and data are there, the process may take only so many MiB more (`RLIMIT_AS` on a CPU, the fraction of the
-memory on a GPU), for gradients, the states of AdamW and activations. No budget is named: `MBPTrainer` finds it.
+[Piao et al.](https://arxiv.org/abs/2110.12484) claim that with micro-batches a mini-batch may be far larger than what
+fits the memory, and that the model learns as if it did fit. Here the mini-batch is the whole data set. The limit is
+real: once model and data are there, the process may take only so many MiB more (`RLIMIT_AS` on a CPU, the fraction of
+the memory on a GPU), for gradients, the states of AdamW and activations. No budget is named: `MBPTrainer` finds it.
 
 Memory is the highest resident memory (on a GPU, what torch has reserved), counted from when model and data were there.
 Each run is a process of its own, in float32 and without dropout. On a CPU glibc was told to return freed tensors to the
