@@ -151,7 +151,7 @@ CASES = (
         data_set_rows=128,
         steps=6,
         learning_rate=1e-4,
-        headroom=400 * MIB,
+        headroom=480 * MIB,
     ),
     Case(
         name="images",
