@@ -28,7 +28,8 @@ def plot_plan(plan: RunPlan, num_steps: int, path: Path) -> None:
     steps = plan.steps[:num_steps]
     figure = Figure(figsize=(max(10.0, 3.4 * len(steps)), 11), layout="constrained")
     FigureCanvasAgg(figure)
-    above, below = figure.subfigures(2, 1, height_ratios=[2, 5])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[2, 5])
+    above, below = parts
     histogram, peaks = above.subplots(1, 2)
     _draw_lengths(histogram, plan)
     _draw_peaks(peaks, plan, steps)
