@@ -120,7 +120,9 @@ def draw_peaks(axes: Any, result: dict[str, Any]) -> None:
     heights = [outcome["peak_bytes"] / MIB for _, outcome, _ in bars]
     axes.bar([label for label, _, _ in bars], heights, width=0.6, color=[colour for _, _, colour in bars])
     for x, height in enumerate(heights):
-        axes.annotate(f"{height:,.0f}", (x, height), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9)
+        # inside of the bar: above it runs the limit
+        place = {"xytext": (0, -13), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{height:,.0f}", (x, height), color="white", fontsize=9, weight="bold", **place)
     axes.bar([0], [0], color=BLUE, label="MBPTrainer")
     axes.bar([0], [0], color=ORANGE, label="Trainer (rightmost: without the limit)")
     axes.axhline(limit, color=RED, linestyle="--", linewidth=1.2, label=f"limit: {limit:,.0f} MiB")

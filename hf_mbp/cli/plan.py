@@ -321,7 +321,8 @@ def _num_steps(recipe: Recipe, num_rows: int) -> int:
         return int(train.max_steps)
     batches = num_rows / train.per_device_train_batch_size
     batches = max(1, math.floor(batches) if train.dataloader_drop_last else math.ceil(batches))
-    return int(math.ceil(train.num_train_epochs * math.ceil(batches / train.gradient_accumulation_steps)))
+    steps: float = train.num_train_epochs * math.ceil(batches / train.gradient_accumulation_steps)
+    return math.ceil(steps)
 
 
 def _draw_batches(lengths: Ints, batch_size: int, most: int, seed: int) -> list[Ints]:
