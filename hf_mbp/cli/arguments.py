@@ -60,6 +60,10 @@ class ModelArguments:
             raise ValueError(f"dtype is {self.dtype!r}; write one of {', '.join(get_args(Dtype))}")
 
 
+class ModelShape(ModelArguments):
+    """The same model without weights: its parameters have shapes, and take no memory."""
+
+
 @dataclass(kw_only=True)
 class DataArguments:
     """Which data."""

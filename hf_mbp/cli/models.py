@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_mbp.cli.arguments import ModelArguments
+from hf_mbp.cli.arguments import ModelArguments, ModelShape
 from hf_mbp.cli.errors import UserError, say, user_errors
 from hf_mbp.cli.sources import resolve_model
 
@@ -52,8 +52,11 @@ def load_tokenizer(arguments: ModelArguments, config: PreTrainedConfig) -> PreTr
 def load_model(auto_class: Any, arguments: ModelArguments, **options: Any) -> PreTrainedModel:
     """Load the weights with one of the ``AutoModelFor...`` classes.
 
-    GGUF weights are de-quantized: as quantized ones they could not be trained.
+    GGUF weights are de-quantized: as quantized ones they could not be trained. Of a :class:`ModelShape` nothing is
+    loaded.
     """
+    if isinstance(arguments, ModelShape):
+        return _without_weights(auto_class, arguments, **options)
     name = _model_name(arguments)
     options["dtype"] = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     if arguments.gguf_file is not None:
@@ -62,6 +65,25 @@ def load_model(auto_class: Any, arguments: ModelArguments, **options: Any) -> Pr
         options["attn_implementation"] = arguments.attn_implementation
     with user_errors(f"model {name} cannot be loaded", (ValueError, OSError, ImportError)):
         model: PreTrainedModel = auto_class.from_pretrained(resolve_model(name), **_hub_options(arguments), **options)
+    return model
+
+
+def _without_weights(
+    auto_class: Any, arguments: ModelShape, *, ignore_mismatched_sizes: bool = False, **changes: Any
+) -> PreTrainedModel:
+    """A model made from its configuration, with parameters on the meta device."""
+    del ignore_mismatched_sizes  # there are no weights that could have another size
+    config = load_config(arguments)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    stored = getattr(config, "dtype", None) or torch.float32
+    options: dict[str, Any] = {"dtype": stored if arguments.dtype == "auto" else getattr(torch, arguments.dtype)}
+    if arguments.attn_implementation is not None:
+        options["attn_implementation"] = arguments.attn_implementation
+    with torch.device("meta"), user_errors(f"model {_model_name(arguments)} cannot be made", (ValueError, ImportError)):
+        model: PreTrainedModel = auto_class.from_config(
+            config, trust_remote_code=arguments.trust_remote_code, **options
+        )
     return model
 
 

@@ -1,0 +1,378 @@
+"""Show how a recipe would train, before it does: lengths, micro-batches, padding, memory; without weights or device."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from hf_mbp import memory
+from hf_mbp.cli.arguments import ModelShape
+from hf_mbp.cli.data import load_splits
+from hf_mbp.cli.errors import (
+    EXIT_CODE,
+    UserError,
+    keep_other_processes_quiet,
+    run_reporting_errors,
+    say,
+    user_errors,
+)
+from hf_mbp.cli.help import option_sections
+from hf_mbp.cli.models import load_config, load_tokenizer
+from hf_mbp.cli.recipe import Recipe, read_recipe
+from hf_mbp.cli.tasks import find_task
+from hf_mbp.cli.tokenization import row_lengths
+from hf_mbp.estimate import MemoryEstimate, estimate_memory
+from hf_mbp.plan import Budget, Cost, Ints, as_sizes, plan_rows
+from hf_mbp.sizing import NARROW, PROBE_CELLS, PROBE_ROWS, WIDE, cost_of
+
+MOST_STEPS = 500
+"""Steps that are planned at most; with more, what is said of the run is said of these."""
+
+_INTRODUCTION = f"""\
+usage: plan.py RECIPE.yaml [--steps 3] [--output plan.png] [--device cuda] [--option value ...]
+
+Show how a recipe would train, before it does: the lengths of its rows, the micro-batches of a few steps with what is
+wasted on padding, and the predicted memory. Needs neither the weights of the model nor the device.
+
+  python scripts/plan.py recipes/text_classification/spam.yaml
+  python scripts/plan.py my.yaml --device cuda --memory_limit 24GiB --bf16
+
+The exit code is {EXIT_CODE} after a mistake in the recipe or the options.
+
+plan
+  --steps                   steps to draw [3]
+  --output                  where to draw them [plan.png]
+  --device                  what to plan for, cpu or cuda; it need not be there [the one that is]"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is this script's own."""
+
+    steps: int
+    output: Path
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A micro-batch: the lengths of its rows, the longest first. Its width is that of the longest."""
+
+    lengths: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return len(self.lengths)
+
+    @property
+    def width(self) -> int:
+        """What the rows are padded to."""
+        return self.lengths[0]
+
+    @property
+    def cells(self) -> int:
+        """Padded tokens."""
+        return self.rows * self.width
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """The rows of one optimizer step, as micro-batches and as the plain Trainer has them: in the batches read."""
+
+    split: tuple[Group, ...]
+    plain: tuple[Group, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryModel:
+    """Predicts the peak of micro-batches: what is always there, and `fit` for activations; `limit_bytes` caps it."""
+
+    resident_bytes: int
+    fit: Budget
+    limit_bytes: int | None
+
+    def peak(self, group: Group) -> float:
+        """Bytes, without the reserve that the budget holds back for what no prediction sees."""
+        return self.resident_bytes + float(self.fit.bytes(group.rows, group.width)) / memory.SAFETY
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What would happen."""
+
+    lengths: Ints
+    num_steps: int
+    steps: tuple[StepPlan, ...]
+    budget: Budget
+    cost: Cost
+    memory: MemoryModel
+    largest: tuple[Group, MemoryEstimate]
+    largest_plain: tuple[Group, MemoryEstimate]
+
+    def groups(self, *, plain: bool = False) -> list[Group]:
+        """The micro-batches of all steps."""
+        return [group for step in self.steps for group in (step.plain if plain else step.split)]
+
+    def padding(self, *, plain: bool = False) -> float:
+        """Share of the cells that are padding."""
+        groups = self.groups(plain=plain)
+        return 1 - sum(group.tokens for group in groups) / sum(group.cells for group in groups)
+
+    def modelled_time(self, *, plain: bool = False) -> float:
+        """By the cost model of the planner, in its unit."""
+        groups = self.groups(plain=plain)
+        rows, widths = np.array([group.rows for group in groups]), np.array([group.width for group in groups])
+        return float(self.cost(rows, widths).sum())
+
+    @property
+    def speedup(self) -> float:
+        """How much less time micro-batches are modelled to take than the plain Trainer's batches."""
+        return self.modelled_time(plain=True) / self.modelled_time()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        say("\n\n".join((_INTRODUCTION, *option_sections())))
+        return 0
+    keep_other_processes_quiet()
+    show_traceback = any(word.startswith(("--debug_traceback", "--debug-traceback")) for word in argv)
+    return run_reporting_errors(lambda: _plan(argv), show_traceback=show_traceback)
+
+
+def _plan(argv: Sequence[str]) -> None:
+    options, rest = _take_options(argv)
+    recipe = read_recipe(rest)
+    plan = plan_run(recipe, options.device)
+    say(as_text(plan, options.device))
+    if find_spec("matplotlib") is None:
+        say("matplotlib is not installed, so nothing is drawn; pip install 'hf-mbp[recipes]' brings it")
+        return
+    from hf_mbp.cli.plan_plot import plot_plan
+
+    with user_errors(f"--output {options.output}"):
+        plot_plan(plan, options.steps, options.output)
+    say(f"drawn in {options.output}")
+
+
+def _take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
+    """The options that are this script's own, and the others."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    parser.add_argument("--steps", default="3")
+    parser.add_argument("--output", default="plan.png")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    with user_errors("command line", argparse.ArgumentError):
+        known, rest = parser.parse_known_args(list(argv))
+    if not known.steps.isdecimal() or int(known.steps) < 1:
+        raise UserError(f"command line: --steps is {known.steps!r}; write a whole number from 1, such as 3")
+    if known.device not in ("cpu", "cuda"):
+        raise UserError(f"command line: --device is {known.device!r}; write cpu or cuda")
+    output = Path(known.output)
+    if output.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"command line: --output is {known.output!r}; write a name that ends in .png, .pdf or .svg")
+    return Options(steps=int(known.steps), output=output, device=torch.device(known.device)), rest
+
+
+def plan_run(recipe: Recipe, device: torch.device) -> RunPlan:
+    """Tokenize the recipe's rows, make its model without weights, and plan the steps of training.
+
+    Which rows meet in a step is drawn at random: the padding is that of the run, the rows are others.
+
+    Raises:
+        UserError: data or model cannot be loaded, or the model does not fit the limit.
+    """
+    model, lengths = _model_and_lengths(recipe)
+    batch, accumulated = recipe.train.per_device_train_batch_size, recipe.train.gradient_accumulation_steps
+    estimator = _Estimator(recipe=recipe, model=model, device=device)
+    limit = _limit_bytes(recipe, device)
+    fitted = estimator.memory_model(int(lengths.max()), limit)
+    budget = _budget(recipe, fitted)
+    cost = cost_of(model, device)
+    num_steps = _num_steps(recipe, len(lengths))
+    batches = _draw_batches(lengths, batch, min(num_steps, MOST_STEPS) * accumulated, recipe.train.seed)
+    pools = [batches[i : i + accumulated] for i in range(0, len(batches), accumulated)]
+    steps = tuple(
+        StepPlan(split=_split(np.concatenate(pool), budget, cost), plain=tuple(_group(part) for part in pool))
+        for pool in pools
+    )
+    largest = max((group for step in steps for group in step.split), key=fitted.peak)
+    largest_plain = max((group for step in steps for group in step.plain), key=fitted.peak)
+    return RunPlan(
+        lengths=lengths,
+        num_steps=num_steps,
+        steps=steps,
+        budget=budget,
+        cost=cost,
+        memory=fitted,
+        largest=(largest, estimator.estimate(largest.rows, largest.width)),
+        largest_plain=(largest_plain, estimator.estimate(largest_plain.rows, largest_plain.width)),
+    )
+
+
+def _model_and_lengths(recipe: Recipe) -> tuple[PreTrainedModel, Ints]:
+    prepare_task = find_task(recipe.run.task)
+    shape = ModelShape(**{field.name: getattr(recipe.model, field.name) for field in fields(recipe.model)})
+    config = load_config(shape)
+    tokenizer = load_tokenizer(shape, config)
+    splits = load_splits(recipe.data, recipe.folder, recipe.train.seed)
+    setup = prepare_task(splits, tokenizer, config, shape, recipe.data)
+    return setup.model, as_sizes(row_lengths(setup.train))[:, 0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Estimator:
+    """Estimates the memory of micro-batches under the options of a recipe."""
+
+    recipe: Recipe
+    model: PreTrainedModel
+    device: torch.device
+
+    def estimate(self, rows: int, width: int) -> MemoryEstimate:
+        train = self.recipe.train
+        with user_errors("the memory cannot be predicted", (ValueError, ImportError)):
+            return estimate_memory(
+                self.model,
+                rows,
+                width,
+                optimizer=str(getattr(train.optim, "value", train.optim)),
+                bf16=bool(train.bf16),
+                fp16=bool(train.fp16),
+                gradient_checkpointing=bool(train.gradient_checkpointing),
+                attn_implementation=self.recipe.model.attn_implementation,
+                device=self.device.type,
+            )
+
+    def memory_model(self, longest: int, limit: int | None) -> MemoryModel:
+        """Fitted as a run fits it: to two small micro-batches, of two widths."""
+        fewest, most = PROBE_ROWS
+        shapes = [
+            (min(most, max(fewest, -(-PROBE_CELLS // width))), width)
+            for width in sorted({min(longest, NARROW), min(longest, WIDE)})
+        ]
+        estimates = [self.estimate(rows, width) for rows, width in shapes]
+        resident = max(estimate.resident_bytes for estimate in estimates)
+        if limit is not None and limit <= resident:
+            raise UserError(
+                f"memory_limit is {memory.format_bytes(limit)}, but weights, gradients and optimizer states alone take "
+                f"{memory.format_bytes(resident)}; raise it, or write another dtype, optim or model"
+            )
+        measured = [
+            (rows, width, estimate.activation_bytes) for (rows, width), estimate in zip(shapes, estimates, strict=True)
+        ]
+        room = math.inf if limit is None else limit - resident
+        fit = memory.fit_budget(measured, 0)
+        return MemoryModel(
+            resident_bytes=resident,
+            fit=Budget(max_bytes=room, bytes_per_cell=fit.bytes_per_cell, bytes_per_pair=fit.bytes_per_pair),
+            limit_bytes=limit,
+        )
+
+
+def _limit_bytes(recipe: Recipe, device: torch.device) -> int | None:
+    """Bytes that training may take in all; `None` if only a number of tokens is given."""
+    limit = memory.parse_memory_limit(recipe.mbp.memory_limit)
+    if isinstance(limit, int):
+        return limit
+    if limit is None and recipe.mbp.max_tokens_per_micro_batch is not None:
+        return None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "there is no GPU here whose memory could be asked for; write the size of the one to plan for, such as "
+            "--memory_limit 24GiB"
+        )
+    if limit is not None:
+        return int(limit * memory.total_memory(device))
+    return int(memory.DEFAULT_FRACTION * memory.free_memory(device))
+
+
+def _budget(recipe: Recipe, fitted: MemoryModel) -> Budget:
+    max_tokens = recipe.mbp.max_tokens_per_micro_batch
+    if fitted.limit_bytes is None:
+        return Budget(max_tokens=max_tokens)
+    fit = fitted.fit
+    return Budget(
+        max_tokens=max_tokens,
+        max_bytes=fit.max_bytes,
+        bytes_per_cell=fit.bytes_per_cell,
+        bytes_per_pair=fit.bytes_per_pair,
+    )
+
+
+def _num_steps(recipe: Recipe, num_rows: int) -> int:
+    train = recipe.train
+    if train.max_steps > 0:
+        return int(train.max_steps)
+    batches = num_rows / train.per_device_train_batch_size
+    batches = max(1, math.floor(batches) if train.dataloader_drop_last else math.ceil(batches))
+    steps: float = train.num_train_epochs * math.ceil(batches / train.gradient_accumulation_steps)
+    return math.ceil(steps)
+
+
+def _draw_batches(lengths: Ints, batch_size: int, most: int, seed: int) -> list[Ints]:
+    """Random batches of lengths, as an epoch gives them; more than an epoch has are not needed to tell."""
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    cuts = range(0, len(order), batch_size)
+    return [lengths[order[start : start + batch_size]] for start in cuts][:most]
+
+
+def _split(lengths: Ints, budget: Budget, cost: Cost) -> tuple[Group, ...]:
+    return tuple(_group(lengths[rows]) for rows in plan_rows(lengths[:, None], budget, cost))
+
+
+def _group(lengths: Any) -> Group:
+    return Group(lengths=tuple(sorted((int(length) for length in lengths), reverse=True)))
+
+
+def as_text(plan: RunPlan, device: torch.device) -> str:
+    """Return what would happen, a line for each thing."""
+    percentiles = np.percentile(plan.lengths, (5, 25, 50, 75, 95, 99, 100)).round().astype(int)
+    named = zip(("5 %", "25 %", "median", "75 %", "95 %", "99 %", "longest"), percentiles, strict=True)
+    first, groups = plan.steps[0], plan.groups()
+    limit = plan.memory.limit_bytes
+    lines = {
+        "tokens a row": ", ".join(f"{name} {value:,}" for name, value in named),
+        "optimizer steps": f"{plan.num_steps:,}" + _planned_part(plan),
+        "budget": f"at most {_tokens(plan, plan.largest[0].width)} tokens a micro-batch, in rows of "
+        f"{plan.largest[0].width:,}; for {device}" + ("" if limit is None else f", {memory.format_bytes(limit)}"),
+        "first step": f"{sum(group.rows for group in first.split):,} rows in {len(first.split):,} micro-batches; "
+        f"{len(groups) / len(plan.steps):.1f} on average",
+        "padding": f"{plan.padding():.1%} of the cells; {plan.padding(plain=True):.1%} with the plain Trainer",
+        "modelled speed": f"{plan.speedup:.2f} x that of the plain Trainer with the same batch, if that fits",
+        "largest micro-batch": _peak_line(plan.largest, limit),
+        "plain Trainer": _peak_line(plan.largest_plain, limit),
+    }
+    return "\n".join(f"{name:<20} {text}" for name, text in lines.items()).replace("%", " %").replace("  %", " %")
+
+
+def _planned_part(plan: RunPlan) -> str:
+    return "" if len(plan.steps) == plan.num_steps else f"; {len(plan.steps):,} of them are planned here"
+
+
+def _tokens(plan: RunPlan, width: int) -> str:
+    return f"{plan.budget.tokens_at(width):,}"
+
+
+def _peak_line(largest: tuple[Group, MemoryEstimate], limit: int | None) -> str:
+    group, estimate = largest
+    line = f"{group.rows:,} rows x {group.width:,} tokens, predicted peak {memory.format_bytes(estimate.peak_bytes)}"
+    if limit is None:
+        return line
+    verdict = "fits" if estimate.peak_bytes <= limit else "does NOT fit"
+    return f"{line}: {verdict} {memory.format_bytes(limit)}"
