@@ -31,6 +31,9 @@ SMALL_GRADIENT = 1e-3
 """A parameter whose gradient is a thousandth of the largest is compared with that: some, as the bias of attention
 keys, have none but rounding."""
 
+NORM_ELEMENTS = 2**20
+"""Elements of a gradient that are turned into float64 at a time, to take their norm."""
+
 NO_GRADIENT = 1e-9
 """Norm below which a gradient is rounding, and a comparison would compare noise: rows that are all alike, say."""
 
@@ -280,4 +283,5 @@ def _norm(gradient: torch.Tensor) -> float:
     if isinstance(gradient, DTensor):
         gradient = gradient.full_tensor()
     dtype = torch.float32 if gradient.device.type == "mps" else torch.float64  # Apple's GPUs know no float64
-    return float(vector_norm(gradient, dtype=dtype))
+    parts = [vector_norm(part, dtype=dtype) for part in torch.split(gradient.reshape(-1), NORM_ELEMENTS)]
+    return float(vector_norm(torch.stack(parts)))

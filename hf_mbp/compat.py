@@ -328,8 +328,7 @@ def replace_next_call(owner: Any, name: str, function: Callable[..., Any]) -> No
 
 def can_checkpoint(model: Any) -> bool:
     """Whether activation checkpointing can be turned on for a model of transformers, and is not on already."""
-    is_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    return bool(getattr(model, "supports_gradient_checkpointing", False)) and not is_on
+    return bool(getattr(model, "supports_gradient_checkpointing", False)) and not wrapped.checkpoints_activations(model)
 
 
 @contextmanager

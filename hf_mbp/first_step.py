@@ -1,9 +1,10 @@
 """Survives running out of memory in the first step of an optimizer, which makes its states.
 
 An optimizer that stops halfway has stepped some parameters and not others. So their values are kept until it is done;
-the activations, which are gone by then, have left room for that. If there is none, the step is not protected.
+the activations, which are gone by then, have left room for that. If it is not enough, the step is not protected.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,19 +12,26 @@ import torch
 
 from hf_mbp import compat
 from hf_mbp.memory import format_bytes
+from hf_mbp.optimizer_memory import step_bytes
 from hf_mbp.out_of_memory import give_back_memory, is_out_of_memory, reason_of
 
 ONE_AT_A_TIME = {"foreach": False, "fused": False}
 """Options by which optimizers of torch step one parameter after the other, with less memory for what lies between."""
 
 
-def protect_first_step(optimizer: Any) -> None:
+def protect_first_step(optimizer: Any, *, has_room_for: Callable[[int], bool]) -> None:
     """Has the next step of an optimizer without states, prepared by Accelerate or not, start again if memory runs out.
+
+    Args:
+        optimizer: that has not stepped yet; nothing is done for one that has states.
+        has_room_for: whether so many bytes more keep within the limit.
 
     Raises, at that step:
         MemoryError: the states do not fit.
     """
-    if not optimizer.state:
+    parameters = [parameter for group in optimizer.param_groups for parameter in _stepped(group)]
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    if not optimizer.state and has_room_for(size + step_bytes(optimizer, parameters)):
         compat.replace_next_call(optimizer, "step", partial(_step, optimizer))
 
 

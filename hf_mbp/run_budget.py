@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import inf
 from typing import Any
 
-from hf_mbp import control, memory, wrapped
+from hf_mbp import compat, control, memory
 from hf_mbp.control import Reading
 from hf_mbp.distributed import Ranks
 from hf_mbp.gauge import Gauge
@@ -211,9 +211,8 @@ class RunBudget:
         if profile.checkpoint_from is not None and width >= profile.checkpoint_from:
             return True
         model, max_bytes = self._trainer.model, profile.budget.max_bytes
-        can_be = getattr(model, "supports_gradient_checkpointing", False)
         is_large = max_bytes is not None and profile.budget.bytes(1, width) > max_bytes
-        return bool(is_large and can_be and not wrapped.checkpoints_activations(model))
+        return bool(is_large) and compat.can_checkpoint(model)
 
     def after_step(self) -> None:
         """Compares what the device held with what was planned; to be called by every rank after each optimizer step.
@@ -236,6 +235,10 @@ class RunBudget:
         if adapted is not profile:
             self.gauge.release()
             self._change(adapted)
+
+    def has_room_for(self, size: int) -> bool:
+        """Whether so many bytes fit beside what training holds when no micro-batch runs; as far as that is known."""
+        return self._profile is None or self._profile.room is None or size <= self._profile.room.activation_bytes
 
     def make_room(self) -> None:
         """Has the allocator give back what it keeps and nothing uses, if that could bring the device beyond its limit.

@@ -131,5 +131,5 @@ class Runner:
         if (replicated := wrapped.replicated_in(model)) is not None:
             wrapped.reduce_gradients(replicated)
         if not self._has_stepped and wrapped.recovers(self._trainer.accelerator):
-            protect_first_step(self._trainer.optimizer)
+            protect_first_step(self._trainer.optimizer, has_room_for=self._feed.budget.has_room_for)
         self._has_stepped = True

@@ -7,6 +7,7 @@ import numpy as np
 from hf_mbp import equivalence, other_trainers, wrapped
 from hf_mbp.comparison import NothingToCompareError
 from hf_mbp.distributed import Ranks
+from hf_mbp.out_of_memory import give_back_memory, is_out_of_memory
 from hf_mbp.plan import Budget, Ints
 from hf_mbp.precollated import CollatedRow
 
@@ -49,6 +50,12 @@ class StartCheck:
             report = self._compare(rows, sizes, budget)
         except NothingToCompareError as nothing:
             outcome = f"Exactness was not checked: {nothing}"
+        except Exception as error:
+            if not is_out_of_memory(error) or wrapped.is_fsdp2(self._trainer):  # whose ranks compare in lockstep
+                raise
+            outcome = "Exactness was not checked: there was no memory for it. Run scripts/check.py once on its own."
+        if report is None:
+            give_back_memory()
         is_exact = all(exact for (exact,) in self._ranks.gather(report is None or report.is_exact))
         is_refused = other_trainers.is_sentence_transformers(self._trainer)
         equivalence.settle(report, is_exact, "error" if is_refused else self._trainer.mbp_config.on_inexact)

@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from hf_mbp.cli.recipe import Recipe, read_recipe
 from hf_mbp.cli.tasks import find_task
 from hf_mbp.cli.tokenization import row_lengths
 from hf_mbp.estimate import MemoryEstimate, estimate_memory
+from hf_mbp.fit import SAFETY, fit_budget
 from hf_mbp.plan import Budget, Cost, Ints, as_sizes, plan_rows
-from hf_mbp.sizing import NARROW, PROBE_CELLS, PROBE_ROWS, WIDE, cost_of
+from hf_mbp.sizing import cost_of, probe_shapes
 
 MOST_STEPS = 500
 """Steps that are planned at most; with more, what is said of the run is said of these."""
@@ -109,7 +110,7 @@ class MemoryModel:
 
     def peak(self, group: Group) -> float:
         """Bytes, without the reserve that the budget holds back for what no prediction sees."""
-        return self.resident_bytes + float(self.fit.bytes(group.rows, group.width)) / memory.SAFETY
+        return self.resident_bytes + float(self.fit.bytes(group.rows, group.width)) / SAFETY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,12 +261,8 @@ class _Estimator:
             )
 
     def memory_model(self, longest: int, limit: int | None) -> MemoryModel:
-        """Fitted as a run fits it: to two small micro-batches, of two widths."""
-        fewest, most = PROBE_ROWS
-        shapes = [
-            (min(most, max(fewest, -(-PROBE_CELLS // width))), width)
-            for width in sorted({min(longest, NARROW), min(longest, WIDE)})
-        ]
+        """Fitted as a run fits it: to a few small micro-batches."""
+        shapes, _ = probe_shapes(longest, is_cut=True)
         estimates = [self.estimate(rows, width) for rows, width in shapes]
         resident = max(estimate.resident_bytes for estimate in estimates)
         if limit is not None and limit <= resident:
@@ -277,10 +274,10 @@ class _Estimator:
             (rows, width, estimate.activation_bytes) for (rows, width), estimate in zip(shapes, estimates, strict=True)
         ]
         room = math.inf if limit is None else limit - resident
-        fit = memory.fit_budget(measured, 0)
+        fit = fit_budget(measured, 0)
         return MemoryModel(
             resident_bytes=resident,
-            fit=Budget(max_bytes=room, bytes_per_cell=fit.bytes_per_cell, bytes_per_pair=fit.bytes_per_pair),
+            fit=replace(fit, max_bytes=room),
             limit_bytes=limit,
         )
 
@@ -306,13 +303,7 @@ def _budget(recipe: Recipe, fitted: MemoryModel) -> Budget:
     max_tokens = recipe.mbp.max_tokens_per_micro_batch
     if fitted.limit_bytes is None:
         return Budget(max_tokens=max_tokens)
-    fit = fitted.fit
-    return Budget(
-        max_tokens=max_tokens,
-        max_bytes=fit.max_bytes,
-        bytes_per_cell=fit.bytes_per_cell,
-        bytes_per_pair=fit.bytes_per_pair,
-    )
+    return replace(fitted.fit, max_tokens=max_tokens)
 
 
 def _num_steps(recipe: Recipe, num_rows: int) -> int:
