@@ -120,7 +120,7 @@ def estimate_memory(
         >>> with torch.device("meta"):
         ...     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2))
         >>> estimate = estimate_memory(model, rows=8, width=512, bf16=True, device="cuda")
-        >>> estimate.gradient_bytes == estimate.optimizer_bytes // 2
+        >>> estimate.gradient_bytes == sum(4 * parameter.numel() for parameter in model.parameters())
         True
     """
     _check(rows, width, fsdp_ranks, bf16=bf16, fp16=fp16)
