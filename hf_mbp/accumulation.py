@@ -12,8 +12,7 @@ anything. It is not used, because what reads `.grad` expects the dtype of the pa
 "expected BFloat16"), and because a step that fails halfway would leave the setting behind on the user's parameters.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 
@@ -36,20 +35,9 @@ class Float32Sums:
         """Forgets the sums of a step that was not completed."""
         self._sums.clear()
 
-    @contextmanager
-    def around(self, parameters: list[torch.nn.Parameter], *, is_complete: bool) -> Iterator[None]:
-        """Around a backward pass: moves what it leaves in `.grad` of the parameters into the sums.
-
-        After the pass with which the mini-batch `is_complete` the rounded sums are in `.grad`. What lies there before
-        the first pass counts, too.
-        """
-        self._take(parameters)
-        yield
-        self._take(parameters)
-        if is_complete:
-            self._give()
-
-    def _take(self, parameters: list[torch.nn.Parameter]) -> None:
+    def add(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Moves what lies in `.grad` of the parameters into the sums; to be called before the first backward pass, if
+        something may lie there, and after each."""
         for parameter in parameters:
             if parameter.grad is None:
                 continue
@@ -59,6 +47,7 @@ class Float32Sums:
                 self._sums[parameter] = parameter.grad.float()
             parameter.grad = None
 
-    def _give(self) -> None:
+    def give(self) -> None:
+        """Puts the rounded sums into `.grad`, when the mini-batch is complete."""
         for parameter in list(self._sums):  # one at a time, so that not all are held in both dtypes
             parameter.grad = self._sums.pop(parameter).to(parameter.dtype)

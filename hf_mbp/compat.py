@@ -346,6 +346,18 @@ def checkpointed(model: Any) -> Iterator[None]:
         getattr(model, f"{name}_checkpointing_disable")()
 
 
+def prepared_modules(accelerator: Any, modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The modules, and all others that Accelerate has prepared (`_models`, 1.15), such as a head beside the model."""
+    return list(dict.fromkeys([*modules, *accelerator._models]))
+
+
+def prepared_parameters(accelerator: Any, modules: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """Those of modules, and of all optimizers that Accelerate has prepared."""
+    held = [parameter for module in modules for parameter in module.parameters()]
+    groups = [group for optimizer in accelerator._optimizers for group in optimizer.param_groups]
+    return list(dict.fromkeys([*held, *(parameter for group in groups for parameter in group["params"])]))
+
+
 def save_checkpoint(trainer: Any) -> str | None:
     """Saves a checkpoint of the last complete step, where saving is on; to be called by all ranks. Says where it is."""
     if trainer.args.save_strategy == "no" or not trainer.state.global_step:

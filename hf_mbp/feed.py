@@ -26,7 +26,7 @@ from hf_mbp.sizing import cost_of
 from hf_mbp.start_check import StartCheck
 from hf_mbp.step import MicroBatch, RowFunctions, as_filler, split_mini_batch, weigh
 from hf_mbp.too_large import too_large_error
-from hf_mbp.undisturbed import remembered_generators
+from hf_mbp.undisturbed import remembered_collator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Feed:
         self._spare: list[Any] = []
         self._pools_of_step: list[Pool] = []
         self._ready_made: list[Inputs] = []
-        self._put_back_collator: Callable[[], None] = remembered_generators(None)
+        self._put_back_collator: Callable[[], None] = remembered_collator(None)
         self._has_told: set[str] = set()
         self.is_compiled = False
 
@@ -99,7 +99,7 @@ class Feed:
     def micro_batches(self, batches: list[Any]) -> list[MicroBatch]:
         """The weighed micro-batches of an optimizer step, from what its data loader returned."""
         is_deferred = all(isinstance(batch, Batch) for batch in batches)
-        self._put_back_collator = remembered_generators(self.trainer.data_collator)
+        self._put_back_collator = remembered_collator(self.trainer.data_collator)
         self._ready_made = [] if is_deferred else [_inputs(batch) for batch in batches if not isinstance(batch, Batch)]
         self._pools_of_step = self._pools([batch.unpack() for batch in batches]) if is_deferred else []
         with wrapped.eagerly(self.is_compiled):  # or what is tried on the side would use up dynamo's recompilations
@@ -123,22 +123,27 @@ class Feed:
             return self._weighed(micro_batches)
 
     def _is_hopeless(self, fault: Fault) -> bool:
-        return fault.rows == 1 and (fault.is_checkpointed or not compat.can_checkpoint(self.trainer.model))
+        """Not at the first time: others may have taken memory for a moment, and what was cached has been given back."""
+        takes_no_less = fault.is_checkpointed or not compat.can_checkpoint(self.trainer.model)
+        return fault.rows == 1 and takes_no_less and fault.times > 1
 
     def _make_room(self, fault: Fault) -> None:
-        if fault.rows == 1:
+        if fault.rows == 1 and not fault.is_checkpointed and compat.can_checkpoint(self.trainer.model):
             self.budget.checkpoint_from(fault.width)
-        elif self._pools_of_step:
+        elif fault.rows > 1 and self._pools_of_step:
             self.budget.shrink(fault.rows, fault.width)
         self._ready_made = [part for inputs in self._ready_made for part in self._parts_of(inputs, fault)]
 
     def _parts_of(self, inputs: Inputs, fault: Fault) -> list[Inputs]:
         """Halves of a ready-made batch that is as large as one that did not fit."""
-        num_rows = collate.num_rows_of(inputs)
-        if self._cells(inputs) < fault.rows * fault.width or num_rows == 1:
+        num_rows, each = collate.num_rows_of(inputs), other_trainers.rows_each(self.trainer)
+        count = num_rows // each
+        is_small = self._cells(inputs) < fault.rows * fault.width
+        if is_small or count < 2 or not collate.has_entry_for_each_row(inputs, num_rows):
             return [inputs]
-        half = num_rows // 2
-        return [collate.select_rows(inputs, list(part)) for part in (range(half), range(half, num_rows))]
+        halves = [range(count // 2), range(count // 2, count)]
+        rows = [[part * count + index for part in range(each) for index in half] for half in halves]
+        return [collate.select_rows(inputs, chosen) for chosen in rows]
 
     def _too_large(self, faults: list[Fault]) -> MemoryError:
         own = next((fault for fault in faults if fault.reason), faults[0])

@@ -15,9 +15,6 @@ from hf_mbp.memory import format_bytes
 from hf_mbp.optimizer_memory import step_bytes
 from hf_mbp.out_of_memory import give_back_memory, is_out_of_memory, reason_of
 
-ONE_AT_A_TIME = {"foreach": False, "fused": False}
-"""Options by which optimizers of torch step one parameter after the other, with less memory for what lies between."""
-
 
 def protect_first_step(optimizer: Any, *, has_room_for: Callable[[int], bool]) -> None:
     """Has the next step of an optimizer without states, prepared by Accelerate or not, start again if memory runs out.
@@ -73,18 +70,23 @@ def _put_back(optimizer: Any, kept: list[tuple[dict[str, Any], list[torch.Tensor
 
 
 def _one_at_a_time(optimizer: Any, step: Any, *args: Any, **kwargs: Any) -> Any:
-    options = [{name: group[name] for name in ONE_AT_A_TIME if name in group} for group in optimizer.param_groups]
+    """Optimizers of torch step one parameter after the other without `foreach`, with less memory for what lies between.
+
+    Fused ones need none, and a gradient scaler relies on what they are.
+    """
+    plain = [group for group in optimizer.param_groups if "foreach" in group and not group.get("fused")]
+    options = [group["foreach"] for group in plain]
     try:
-        for group, before in zip(optimizer.param_groups, options, strict=True):
-            group.update({name: ONE_AT_A_TIME[name] for name in before})
+        for group in plain:
+            group["foreach"] = False
         return step(*args, **kwargs)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         reason = reason_of(error)
     finally:
-        for group, before in zip(optimizer.param_groups, options, strict=True):
-            group.update(before)
+        for group, foreach in zip(plain, options, strict=True):
+            group["foreach"] = foreach
     size = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in _stepped(group))
     raise MemoryError(
         f"There is no memory for the states of the optimizer ({reason}). The parameters that it trains take "

@@ -2,8 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,12 +17,15 @@ from hf_mbp.distributed import Ranks
 from hf_mbp.items import checked_count, items_of
 from hf_mbp.plan import Budget, Ints, as_sizes, check_max_tokens, too_long_message
 from hf_mbp.probe import LossTraits
-from hf_mbp.recovery import Backward, Fault, Recovery
+from hf_mbp.recovery import Backward, ChangingBuffers, Fault, Recovery
 from hf_mbp.sizing import cost_of
-from hf_mbp.step import MicroBatch, RowFunctions, in_place, run_micro_batches, split_mini_batch, weigh
+from hf_mbp.step import MicroBatch, RowFunctions, run_micro_batches, split_mini_batch, weigh
 
 _TRAITS: "WeakKeyDictionary[torch.nn.Module, LossTraits]" = WeakKeyDictionary()
 """What was found out about the losses of models, for as long as they live."""
+
+_BUFFERS: "WeakKeyDictionary[torch.nn.Module, ChangingBuffers]" = WeakKeyDictionary()
+"""And about their buffers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,8 @@ def run_mini_batch(
             found out by trying, once for each model; say it if a model has several losses.
         accumulate_in_fp32: sum the gradients of bfloat16 and float16 parameters in float32, and round once at the end.
 
-    If memory runs out, the mini-batch is run again from its start, in smaller micro-batches; not under DeepSpeed.
+    If memory runs out, the mini-batch is run again from its start, in smaller micro-batches; not under DeepSpeed. For
+    that gradients that are there before are copied: with `zero_grad(set_to_none=False)` they take as much memory again.
 
     A mini-batch without any items leaves no gradient, and under fp16 one that makes the scaler skip the step.
 
@@ -113,7 +117,7 @@ def run_mini_batch(
         collate_fn=collate_fn,
         accelerator=accelerator,
         traits=traits,
-        accumulates_in_fp32=accumulate_in_fp32,
+        half=half_precision(base.parameters()) if accumulate_in_fp32 else [],
         is_compiled=wrapped.compiles(accelerator, model),
     )
     sizes = loop.sizes(rows, row_length)
@@ -143,8 +147,9 @@ class _Loop:
     collate_fn: Collator
     accelerator: Any
     traits: LossTraits
-    accumulates_in_fp32: bool
+    half: list[torch.nn.Parameter]
     is_compiled: bool
+    sums: Float32Sums = field(default_factory=Float32Sums)
 
     @property
     def has_targets(self) -> bool:
@@ -183,16 +188,21 @@ class _Loop:
             value = self.value(micro_batch.inputs)
             _require_scalar(value)
             self.accelerator.backward(value * micro_batch.weight)
+        self.sums.add(self.half)
         return value.detach() * micro_batch.weight
 
     def run(self, mini_batch: "_MiniBatch", ranks: Ranks) -> float:
         """Forward and backward of all that are not idle; the sum of their weighted losses."""
         if wrapped.recovers(self.accelerator):
-            recovery = Recovery(ranks, lambda: [self.base, self.model])
+            modules = compat.prepared_modules(self.accelerator, [self.base, self.model])
+            parameters = partial(compat.prepared_parameters, self.accelerator, modules)
+            buffers = _BUFFERS.setdefault(self.base, ChangingBuffers())
+            recovery = Recovery(ranks, lambda: modules, parameters, buffers)
             first, again = mini_batch.plan(), mini_batch.plan_again
             loss = recovery.run(first, self.attempt, self.backward, plan_again=again)
         else:
             loss = self.attempt(mini_batch.plan(), self.backward)
+        self.sums.give()
         if all(micro_batch.is_idle for micro_batch in mini_batch.micro_batches):
             compat.void_step(self.accelerator, self.base)
         elif (replicated := wrapped.replicated_in(self.model)) is not None:
@@ -202,20 +212,14 @@ class _Loop:
     def attempt(self, micro_batches: list[MicroBatch], backward: Backward) -> torch.Tensor:
         if all(micro_batch.is_idle for micro_batch in micro_batches):
             return torch.zeros((), device=self.accelerator.device)
+        self.sums.restart()
+        self.sums.add(self.half)
         return run_micro_batches(
             micro_batches,
             backward,
             defer_sync=partial(compat.local_gradients, self.accelerator, self.model),
             syncs_last=wrapped.replicated_in(self.model) is None,
-            summing=self.summing(),
         )
-
-    def summing(self) -> Callable[[bool], AbstractContextManager[Any]]:
-        half = half_precision(self.base.parameters()) if self.accumulates_in_fp32 else []
-        if not half:
-            return in_place
-        sums = Float32Sums()
-        return lambda is_last: sums.around(half, is_complete=is_last)
 
 
 class _MiniBatch:
@@ -242,9 +246,9 @@ class _MiniBatch:
         for fault in faults:
             if fault.rows > 1:
                 self._max_tokens = min(self._max_tokens, max(1, fault.rows * fault.width // 2))
-            elif self._can_checkpoint and not fault.is_checkpointed:
+            elif fault.rows == 1 and self._can_checkpoint and not fault.is_checkpointed:
                 self._checkpoint_from = min(self._checkpoint_from or fault.width, fault.width)
-            else:
+            elif fault.rows == 1 and fault.times > 1:
                 raise MemoryError(
                     f"A row of {fault.width:,} tokens does not fit the memory by itself ({fault.reason}). Shorten such "
                     "rows, or take a smaller model or dtype."

@@ -14,6 +14,7 @@ for itself in attributes are not.
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -22,15 +23,13 @@ import numpy as np
 import torch
 
 from hf_mbp import wrapped
-from hf_mbp.collate import has_entry_for_each_row, num_rows_of, select_rows
 from hf_mbp.distributed import Ranks
 from hf_mbp.lockstep import Counts, LeavingOut
 from hf_mbp.out_of_memory import give_back_memory, is_out_of_memory, reason_of
-from hf_mbp.padding import can_be_cut, cut_columns
-from hf_mbp.step import MicroBatch, as_filler
+from hf_mbp.step import MicroBatch, as_shortest_filler
 
-FILLER_WIDTH = 8
-"""Tokens of the row with which a rank keeps in step: few, because it has no memory."""
+MOST_TIMES = 3
+"""How often the same micro-batch may run out of memory in one mini-batch: others may have taken it for a moment."""
 
 Backward: TypeAlias = Callable[[MicroBatch], torch.Tensor]
 """Forward and backward of one micro-batch; returns its weighted loss, detached."""
@@ -38,15 +37,17 @@ Backward: TypeAlias = Callable[[MicroBatch], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A micro-batch `[rows, width]` that there was no memory for.
+    """A micro-batch `[rows, width]` that there was no memory for; one without rows was run to keep in step only.
 
-    `reason`, and `row` where there was only one, are known to the rank that it happened on.
+    `times` says how often it has happened in this mini-batch. `reason`, and `row` where there was only one, are known
+    to the rank that it happened on.
     """
 
     rank: int
     rows: int
     width: int
     is_checkpointed: bool
+    times: int = 1
     reason: str = ""
     row: Any = field(default=None, repr=False)
 
@@ -60,18 +61,20 @@ class Guard:
         self._ranks = ranks
         self._modules = modules
         self._made: Counts = {}
+        self._syncs_buffers: list[bool] = []
+        self._has_left = False
 
     def __call__(self, micro_batch: MicroBatch) -> torch.Tensor:
         """Forward and backward, if there is memory for it; its weighted loss, or else zero."""
         was_well = self.fault is None
         if was_well and (loss := self._tried(micro_batch)) is not None:
             return loss
-        if self._ranks.count > 1:
+        if self._ranks.count > 1 and not self._has_left:
             self._keep_in_step(micro_batch, is_cut_short=was_well)
         return torch.zeros((), device=self._ranks.device)
 
     def _tried(self, micro_batch: MicroBatch) -> torch.Tensor | None:
-        self._made = wrapped.sequence_numbers()
+        self._made, self._syncs_buffers = wrapped.sequence_numbers(), wrapped.buffer_syncs(self._modules)
         try:
             return self._backward(micro_batch)
         except Exception as error:
@@ -82,35 +85,34 @@ class Guard:
         return None
 
     def _keep_in_step(self, micro_batch: MicroBatch, *, is_cut_short: bool) -> None:
-        filler = _smallest_filler(micro_batch)
+        try:
+            self._take_part(as_shortest_filler(micro_batch), is_cut_short=is_cut_short)
+        except Exception as error:
+            if not is_out_of_memory(error) or wrapped.holds_shards(self._modules):
+                raise
+            self._has_left = True  # where no parameters are gathered, the others wait at the end only, as a rule
+        if self._has_left:
+            give_back_memory()
+
+    def _take_part(self, filler: MicroBatch, *, is_cut_short: bool) -> None:
         if not is_cut_short:
             self._backward(filler)
             return
         wrapped.reset_iteration(self._modules)
+        wrapped.set_buffer_syncs(self._modules, self._syncs_buffers)
         with LeavingOut(self._made):
             self._backward(filler)
 
 
 def _fault(micro_batch: MicroBatch, rank: int, reason: str) -> Fault:
-    rows = micro_batch.num_rows or num_rows_of(micro_batch.inputs)
     return Fault(
         rank=rank,
-        rows=rows,
-        width=max(1, micro_batch.cells // rows),
+        rows=micro_batch.num_rows,
+        width=max(1, micro_batch.cells // max(1, micro_batch.num_rows)),
         is_checkpointed=micro_batch.is_checkpointed,
         reason=reason,
         row=micro_batch.rows[0] if len(micro_batch.rows) == 1 else None,
     )
-
-
-def _smallest_filler(micro_batch: MicroBatch) -> MicroBatch:
-    """The beginning of a row, which adds nothing; as much more as cannot be taken away."""
-    inputs = micro_batch.inputs
-    if has_entry_for_each_row(inputs, num_rows_of(inputs)):
-        inputs = select_rows(inputs, [num_rows_of(inputs) - 1])
-    if can_be_cut(inputs):
-        inputs = cut_columns(inputs, FILLER_WIDTH)
-    return as_filler(replace(micro_batch, inputs=inputs))
 
 
 class Recovery:
@@ -118,13 +120,22 @@ class Recovery:
 
     Args:
         ranks: those that train together.
-        modules: whose gradients and buffers a mini-batch changes; asked for at each mini-batch.
+        modules: whose buffers a mini-batch changes; asked for at each mini-batch.
+        parameters: whose gradients it changes.
+        buffers: what is known of their buffers.
     """
 
-    def __init__(self, ranks: Ranks, modules: Callable[[], list[torch.nn.Module]]) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        modules: Callable[[], list[torch.nn.Module]],
+        parameters: Callable[[], list[torch.nn.Parameter]],
+        buffers: "ChangingBuffers | None" = None,
+    ) -> None:
         self._ranks = ranks
         self._modules = modules
-        self._buffers = ChangingBuffers()
+        self._parameters = parameters
+        self._buffers = buffers or ChangingBuffers()
 
     def restart(self) -> None:
         """For a new run of training, maybe of another model."""
@@ -146,43 +157,64 @@ class Recovery:
             backward: that function, while there is memory.
             plan_again: micro-batches of the same rows, after what each rank ran out of memory with. Called by all ranks
                 alike, with gradients, buffers and random states as they were before the first attempt.
+
+        Raises:
+            MemoryError: the same micro-batch, which cannot be planned otherwise, has run out of memory several times.
         """
         modules = self._modules()
-        before = Before(modules, self._buffers)
+        before = Before(modules, self._parameters(), self._buffers)
+        seen: Counter[tuple[int, int, int, bool]] = Counter()
         while True:
             guard = Guard(backward, self._ranks, modules)
             loss = attempt(micro_batches, guard)
             faults = self._of_all_ranks(guard.fault)
             if not faults:
-                before.learn()
+                if not all(micro_batch.is_idle for micro_batch in micro_batches):
+                    before.learn()
                 return loss
             before.put_back()
             give_back_memory()
-            micro_batches = plan_again(faults)
+            micro_batches = plan_again([_counted(fault, seen) for fault in faults])
 
     def _of_all_ranks(self, fault: Fault | None) -> list[Fault]:
         if self._ranks.count == 1:
             return [fault] if fault else []
-        own = (fault.rows, fault.width, fault.is_checkpointed) if fault else (0, 0, 0)
+        own = (True, fault.rows, fault.width, fault.is_checkpointed) if fault else (False, 0, 0, False)
         faults = [
             Fault(rank=rank, rows=int(rows), width=int(width), is_checkpointed=bool(is_checkpointed))
-            for rank, (rows, width, is_checkpointed) in enumerate(self._ranks.gather(*own))
-            if rows
+            for rank, (is_fault, rows, width, is_checkpointed) in enumerate(self._ranks.gather(*own))
+            if is_fault
         ]
         return [fault if fault and fault.rank == other.rank else other for other in faults]
 
 
-class Before:
-    """What the gradients, the buffers that change, and the random states were before a mini-batch."""
+def _counted(fault: Fault, seen: Counter[tuple[int, int, int, bool]]) -> Fault:
+    key = (fault.rank, fault.rows, fault.width, fault.is_checkpointed)
+    seen[key] += 1
+    if seen[key] > MOST_TIMES:
+        reason = f" ({fault.reason})" if fault.reason else ""
+        raise MemoryError(
+            f"A micro-batch of {fault.rows:,} x {fault.width:,} tokens has run out of memory {seen[key]} times{reason}, "
+            "and cannot be split further. Shorten its rows, take a smaller model or dtype, or give it more memory."
+        )
+    return replace(fault, times=seen[key])
 
-    def __init__(self, modules: list[torch.nn.Module], buffers: "ChangingBuffers") -> None:
+
+class Before:
+    """What gradients, the buffers that change, and random states were before a mini-batch."""
+
+    def __init__(
+        self, modules: list[torch.nn.Module], parameters: list[torch.nn.Parameter], buffers: "ChangingBuffers"
+    ) -> None:
         wrapped.reset_iteration(modules)  # or ranks that have reset it once would make other collectives than the rest
         self._modules = modules
-        self._parameters = list(dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad))
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._gradients = {p: p.grad.clone() for p in self._parameters if p.grad is not None}  # none as a rule
         self._changing = buffers
         self._buffers = buffers.copies(modules)
-        self._random_states = _random_states()
+        self._numbers = [(owner, _numbers_of(owner)) for owner in {kept.module: None for kept in self._buffers}]
+        self._syncs_buffers = wrapped.buffer_syncs(modules)
+        self._random_states = _random_states(self._parameters)
 
     def learn(self) -> None:
         """Notes which of the buffers a mini-batch has changed, so that later ones copy only these."""
@@ -191,11 +223,13 @@ class Before:
     def put_back(self) -> None:
         """Puts everything back."""
         wrapped.reset_iteration(self._modules)
-        wrapped.sync_buffers_again(self._modules)
+        wrapped.set_buffer_syncs(self._modules, self._syncs_buffers)
         for parameter in self._parameters:
             parameter.grad = self._gradients[parameter].clone() if parameter in self._gradients else None
         for kept in self._buffers:
             kept.put_back()
+        for owner, numbers in self._numbers:  # such as the length that a rotary embedding was last computed for
+            vars(owner).update(numbers)
         _put_back_random_states(self._random_states)
 
 
@@ -219,43 +253,65 @@ class _Kept:
         self.module._buffers[self.name] = self.buffer
 
 
-class ChangingBuffers:
-    """The buffers that the forward passes of a model change, such as running means: found in its first mini-batch.
+SMALL_BUFFER = 2**16
+"""Elements up to which a buffer is copied for each mini-batch, whether it has changed before or not."""
 
-    Integers, but for counters, are taken for constants: quantized weights are kept as such.
+
+class ChangingBuffers:
+    """The buffers that the forward passes of a model may change, such as running means.
+
+    Small ones, and of the large ones those that the first mini-batch has changed. Large ones of integers are taken for
+    constants: quantized weights are kept as such.
     """
 
     def __init__(self) -> None:
         self._names: set[tuple[torch.nn.Module, str]] | None = None
 
     def copies(self, modules: list[torch.nn.Module]) -> list[_Kept]:
-        """Copies of those that are known to change; of all, as long as that is not known."""
-        if self._names is not None:
-            named = [(module, name, module._buffers[name]) for module, name in self._names]
-        else:
-            every = dict.fromkeys(module for held in modules for module in held.modules())
-            named = [(module, name, buffer) for module in every for name, buffer in module._buffers.items()]
+        """Copies of those that may change; of all, as long as that is not known."""
+        every = dict.fromkeys(module for held in modules for module in held.modules())
         return [
             _Kept(module, name, buffer, buffer.clone())
-            for module, name, buffer in named
-            if buffer is not None and (buffer.is_floating_point() or buffer.numel() == 1)
+            for module in every
+            for name, buffer in module._buffers.items()
+            if buffer is not None and self._may_change(module, name, buffer)
         ]
 
+    def _may_change(self, module: torch.nn.Module, name: str, buffer: torch.Tensor) -> bool:
+        if buffer.numel() <= SMALL_BUFFER:
+            return True
+        return buffer.is_floating_point() if self._names is None else (module, name) in self._names
+
     def learn(self, kept: list[_Kept]) -> None:
-        """Notes which have changed."""
+        """Notes which of the large ones have changed."""
         if self._names is None:
-            self._names = {(one.module, one.name) for one in kept if one.has_changed}
+            large = [one for one in kept if one.buffer.numel() > SMALL_BUFFER]
+            self._names = {(one.module, one.name) for one in large if one.has_changed}
 
 
-def _random_states() -> tuple[Any, ...]:
-    device = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), device
+def _numbers_of(module: torch.nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, (int, float))}
+
+
+def _random_states(parameters: list[torch.nn.Parameter]) -> tuple[Any, ...]:
+    """Of Python, numpy and torch, there on the host and on each device that has parameters."""
+    devices = {parameter.device for parameter in parameters if parameter.device.type in ("cuda", "mps", "xpu")}
+    states = [(device, _device_module(device).get_rng_state(*_index_of(device))) for device in devices]
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), states
 
 
 def _put_back_random_states(states: tuple[Any, ...]) -> None:
-    python, numpy, host, device = states
+    python, numpy, host, on_devices = states
     random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(host)
-    if device is not None:
-        torch.cuda.set_rng_state(device)
+    for device, state in on_devices:
+        _device_module(device).set_rng_state(state, *_index_of(device))
+
+
+def _device_module(device: torch.device) -> Any:
+    return torch.get_device_module(device.type)
+
+
+def _index_of(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # there is one

@@ -36,6 +36,10 @@ def refuse_unsupported(trainer: Any) -> None:
             "it updates the weights during the backward pass, before the gradient of the mini-batch is complete. "
             "Choose another optim, such as 'adamw_torch'.",
         ),
+        "ddp_static_graph=True": (
+            bool(getattr(args, "ddp_static_graph", None)),
+            "DDP would have to see the first micro-batch synchronise its gradients. Leave it out.",
+        ),
         "FSDP 1": (
             trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1,
             "it is not tested, as it needs a GPU to start. Use FSDP2: fsdp_config={'version': 2}, or fsdp_version: 2 "

@@ -43,6 +43,7 @@ class RunBudget:
     def forget(self) -> None:
         """For a new run."""
         self._profile: Profile | None = None
+        self._checkpoint_from: int | None = None
         self._planned = Reading()
         self._seen = Reading()
         self._looked_at = -1
@@ -200,14 +201,18 @@ class RunBudget:
     def checkpoint_from(self, width: int) -> None:
         """Single rows of this width and more run with activation checkpointing from now on."""
         profile = self._profile
-        if profile is not None and (profile.checkpoint_from is None or width < profile.checkpoint_from):
+        if profile is None:  # batches of a loader of the user's own need no budget
+            self._checkpoint_from = min(width, self._checkpoint_from or width)
+        elif profile.checkpoint_from is None or width < profile.checkpoint_from:
             self._set(profile.with_checkpointing(width, self._trainer.state.global_step))
 
     def is_checkpointed(self, rows: int, width: float) -> bool:
         """Whether a micro-batch `[rows, width]` runs with activation checkpointing: a row that is too large without."""
         profile = self._profile
-        if rows != 1 or profile is None:
+        if rows != 1:
             return False
+        if profile is None:
+            return self._checkpoint_from is not None and width >= self._checkpoint_from
         if profile.checkpoint_from is not None and width >= profile.checkpoint_from:
             return True
         model, max_bytes = self._trainer.model, profile.budget.max_bytes

@@ -1,7 +1,7 @@
 """Runs the micro-batches of an optimizer step for one trainer, each by the trainer's own `training_step`."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -15,7 +15,7 @@ from hf_mbp.distributed import Ranks
 from hf_mbp.feed import Feed
 from hf_mbp.first_step import protect_first_step
 from hf_mbp.recovery import Backward, Fault, Recovery
-from hf_mbp.step import MicroBatch, in_place, run_micro_batches
+from hf_mbp.step import MicroBatch, run_micro_batches
 
 IS_OPAQUE = (
     "training_step gets the micro-batches of a step and not a dictionary of inputs. Override compute_loss, which gets "
@@ -55,7 +55,8 @@ class Runner:
         self._ranks = ranks
         self._sums = Float32Sums()
         self._call_metrics = CallMetrics(trainer, ranks)
-        self._recovery = Recovery(ranks, partial(probe.modules_of, trainer))
+        self._recovery = Recovery(ranks, partial(probe.modules_of, trainer), self._parameters)
+        self._half: list[torch.nn.Parameter] = []
         self._has_stepped = False
 
     def restart(self) -> None:
@@ -85,6 +86,8 @@ class Runner:
     def _attempt(self, model: torch.nn.Module, micro_batches: list[MicroBatch], backward: Backward) -> torch.Tensor:
         self._call_metrics.restart()
         self._sums.restart()
+        self._half = self._summed_in_float32()
+        self._sums.add(self._half)
         for micro_batch in micro_batches:
             if micro_batch.is_idle:
                 self._call_metrics.idle(micro_batch)
@@ -95,7 +98,6 @@ class Runner:
             backward,
             defer_sync=compat.sync_deferral(self._trainer, model),
             syncs_last=wrapped.replicated_in(model) is None,
-            summing=self._summing(),
         )
 
     def _forward_and_backward(
@@ -110,14 +112,21 @@ class Runner:
             self._call_metrics.call(micro_batch),
             compat.weighted_loss(trainer, micro_batch.weight, micro_batch.num_items, varies=varies),
         ):
-            return training_step(model, dict(micro_batch.inputs), None)
+            loss = training_step(model, dict(micro_batch.inputs), None)
+        self._sums.add(self._half)
+        return loss
 
-    def _summing(self) -> Callable[[bool], AbstractContextManager[Any]]:
-        """How the gradients of the micro-batches are added up."""
+    def _summed_in_float32(self) -> list[torch.nn.Parameter]:
         if not self._trainer.mbp_config.accumulate_in_fp32:
-            return in_place
-        half = half_precision(chain.from_iterable(module.parameters() for module in probe.modules_of(self._trainer)))
-        return (lambda is_last: self._sums.around(half, is_complete=is_last)) if half else in_place
+            return []
+        return half_precision(chain.from_iterable(module.parameters() for module in probe.modules_of(self._trainer)))
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        """All that a backward pass may reach: of modules, of the optimizer, and of the trainer itself."""
+        held = [module.parameters() for module in probe.modules_of(self._trainer)]
+        stepped = [group["params"] for group in self._trainer.optimizer.param_groups]
+        own = [value for value in vars(self._trainer).values() if isinstance(value, torch.nn.Parameter)]
+        return list(dict.fromkeys(chain(*held, *stepped, own)))
 
     def _plan_again(
         self, batch: MicroBatches, put_back_notes: Callable[[], None], faults: list[Fault]
@@ -127,9 +136,14 @@ class Runner:
         return batch.micro_batches
 
     def _end(self, model: torch.nn.Module) -> None:
-        """What is left to do before the optimizer steps: reducing the gradients, and seeing to its first step."""
+        """What is left to do before the optimizer steps: reducing the gradients, and seeing to its first step.
+
+        Which is not made yet if the scaler of fp16 has skipped it.
+        """
+        self._sums.give()
         if (replicated := wrapped.replicated_in(model)) is not None:
             wrapped.reduce_gradients(replicated)
-        if not self._has_stepped and wrapped.recovers(self._trainer.accelerator):
+        is_first = not self._has_stepped or self._trainer.accelerator.optimizer_step_was_skipped
+        if is_first and wrapped.recovers(self._trainer.accelerator):
             protect_first_step(self._trainer.optimizer, has_room_for=self._feed.budget.has_room_for)
         self._has_stepped = True

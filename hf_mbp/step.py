@@ -18,7 +18,7 @@ import torch
 
 from hf_mbp.collate import Inputs
 from hf_mbp.distributed import Ranks
-from hf_mbp.items import with_an_item
+from hf_mbp.filler import filler_of, shortest_filler_of
 from hf_mbp.plan import Budget, Cost, Ints, plan_rows
 
 
@@ -126,13 +126,16 @@ def weigh(micro_batches: list[MicroBatch], ranks: Ranks, filler: MicroBatch | No
 
 def as_filler(micro_batch: MicroBatch) -> MicroBatch:
     """A micro-batch that runs so that this rank takes part, and adds and counts nothing."""
-    inputs = with_an_item(micro_batch.inputs)
-    return replace(micro_batch, inputs=inputs, num_rows=0, num_items=0, cells=0, tokens=0, weight=0.0)
+    return _with_no_weight(micro_batch, filler_of(micro_batch.inputs, micro_batch.num_rows))
 
 
-def in_place(is_last: bool) -> AbstractContextManager[Any]:  # noqa: ARG001
-    """Leaves it to the backward passes to add up gradients, in `.grad`."""
-    return nullcontext()
+def as_shortest_filler(micro_batch: MicroBatch) -> MicroBatch:
+    """The same with as few tokens as can be."""
+    return _with_no_weight(micro_batch, shortest_filler_of(micro_batch.inputs, micro_batch.num_rows))
+
+
+def _with_no_weight(micro_batch: MicroBatch, inputs: Inputs) -> MicroBatch:
+    return replace(micro_batch, inputs=inputs, rows=(), num_rows=0, num_items=0, cells=0, tokens=0, weight=0.0)
 
 
 def run_micro_batches(
@@ -141,7 +144,6 @@ def run_micro_batches(
     *,
     defer_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
     syncs_last: bool = True,
-    summing: Callable[[bool], AbstractContextManager[Any]] = in_place,
 ) -> torch.Tensor:
     """Runs the micro-batches one after the other and leaves the sum of their weighted gradients.
 
@@ -150,7 +152,6 @@ def run_micro_batches(
         backward: forward and backward of one micro-batch; returns its weighted loss, detached.
         defer_sync: a context in which gradients are added up locally.
         syncs_last: whether the last is run outside of it, and synchronises the gradients of all.
-        summing: a context that adds up what one backward pass leaves; asked for each, with whether it is the last.
 
     Returns:
         The sum of the weighted losses: the loss of the mini-batch, on one process.
@@ -161,10 +162,10 @@ def run_micro_batches(
     *before, last = [micro_batch for micro_batch in micro_batches if not micro_batch.is_idle]
     loss = None
     for micro_batch in before:
-        with defer_sync(), summing(False):
+        with defer_sync():
             part = _checked(backward(micro_batch), micro_batch)
         loss = part if loss is None else loss + part
-    with nullcontext() if syncs_last else defer_sync(), summing(True):
+    with nullcontext() if syncs_last else defer_sync():
         part = _checked(backward(last), last)
     return part if loss is None else loss + part
 

@@ -1,5 +1,6 @@
 """The error for a row that does not fit the memory by itself: which row it is, what it needs, and what to do."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch
 from hf_mbp import memory
 from hf_mbp.recovery import Fault
 
-SEARCHED_ROWS = 200_000
-"""Rows of a data set that are looked through for the one that does not fit: a few seconds."""
+SEARCH_SECONDS = 10
+"""For which a data set is looked through for the row that does not fit."""
 
 
 def too_large_error(trainer: Any, fault: Fault, need: float | None, checkpoint: str | None) -> MemoryError:
@@ -38,8 +39,13 @@ def _index_of(row: Any, dataset: Any) -> int | None:
     tokens = _tokens(row)
     if tokens is None or isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
         return None
-    indices = range(min(len(dataset), SEARCHED_ROWS))
-    return next((index for index in indices if _tokens(dataset[index]) == tokens), None)
+    ends = time.monotonic() + SEARCH_SECONDS
+    for index in range(len(dataset)):
+        if time.monotonic() > ends:
+            return None
+        if _tokens(dataset[index]) == tokens:
+            return index
+    return None
 
 
 def _tokens(row: Any) -> list[Any] | None:

@@ -244,23 +244,29 @@ def reseed(seed: int, modules: list[nn.Module]) -> None:
 @contextmanager
 def kept_collator(collator: Any) -> Iterator[None]:
     """Restores the attributes of a collator, and the states of the random generators of its own among them."""
-    has_attributes = hasattr(collator, "__dict__") and not isinstance(collator, type)
-    attributes = _Attributes(collator) if has_attributes else None
+    put_back = remembered_collator(collator)
     try:
         yield
     finally:
-        if attributes is not None:
-            attributes.put_back(with_generators=True)
+        put_back()
+
+
+def remembered_collator(collator: Any) -> Callable[[], None]:
+    """What puts back the attributes of a collator, and the states of the random generators of its own among them."""
+    if not hasattr(collator, "__dict__") or isinstance(collator, type):
+        return lambda: None
+    return partial(_Attributes(collator).put_back, with_generators=True)
 
 
 @contextmanager
 def kept_generators(owner: Any) -> Iterator[None]:
     """Restores the states of the random generators among the attributes of a data set, which may transform its rows."""
-    put_back = remembered_generators(owner)
+    restore = [_restorer(value) for value in getattr(owner, "__dict__", {}).values()]
     try:
         yield
     finally:
-        put_back()
+        for put_back in restore:
+            put_back()
 
 
 def _restorer(generator: Any) -> Callable[[], Any]:
@@ -291,17 +297,6 @@ def remembered_notes(trainer: Any) -> Callable[[], None]:
     numbers = {name: value for name, value in vars(trainer).items() if isinstance(value, (int, float))}
     notes = {name: copy.deepcopy(vars(trainer)[name]) for name in NOTES if name in vars(trainer)}
     return lambda: vars(trainer).update(numbers | copy.deepcopy(notes))
-
-
-def remembered_generators(owner: Any) -> Callable[[], None]:
-    """What puts back the states of the random generators among the attributes of a collator or data set."""
-    restore = [_restorer(value) for value in getattr(owner, "__dict__", {}).values()]
-
-    def put_back() -> None:
-        for one in restore:
-            one()
-
-    return put_back
 
 
 @contextmanager

@@ -138,25 +138,21 @@ def sequence_numbers() -> dict[str, int]:
 def group_of_collective(operator: Any, arguments: tuple[Any, ...]) -> str | None:
     """The name of the process group in which an operator communicates; `None` if it does not.
 
-    By the signatures of `torch.ops.c10d` (torch 2.11 to 2.13), of which `ProcessGroup` is the second or third argument.
+    Those of `torch.ops.c10d` (torch 2.11 to 2.13) have a `ProcessGroup` among their arguments.
     """
     if operator.namespace != "c10d":
         return None
-    boxed: Any = arguments[_GROUP_ARGUMENTS[operator._opname]]
-    return str(torch.distributed.ProcessGroup.unbox(boxed).group_name)
-
-
-_GROUP_ARGUMENTS = {"allreduce_": 1, "broadcast_": 1, "barrier": 1} | dict.fromkeys(
-    ("allgather_", "_allgather_base_", "reduce_scatter_", "_reduce_scatter_base_"), 2
-)
+    boxed: list[Any] = [argument for argument in arguments if isinstance(argument, torch.ScriptObject)]
+    groups = [group for group in boxed if group._type().name() == "ProcessGroup"]
+    return str(torch.distributed.ProcessGroup.unbox(groups[0]).group_name) if groups else None
 
 
 def without_communication(operator: Any, arguments: tuple[Any, ...]) -> Any:
-    """What a collective returns, with its outputs left as they are, and work that is done already."""
+    """What a collective returns, its outputs left as they are: its work, or them, the first argument, and its work."""
     from torch._C._distributed_c10d import FakeWork
 
     done = FakeWork().boxed()
-    return done if operator._opname == "barrier" else (arguments[0], done)
+    return done if len(operator._schema.returns) == 1 else (arguments[0], done)
 
 
 def replicated_in(model: torch.nn.Module) -> torch.nn.parallel.DistributedDataParallel | None:
@@ -178,7 +174,7 @@ def reduce_gradients(replicated: torch.nn.parallel.DistributedDataParallel) -> N
         parameters = [parameter for parameter in parameters if parameter.grad is not None]
     replicated._modules["module"] = _UsesAll(parameters)
     try:
-        replicated().backward()
+        replicated(None).backward()  # with nothing at all, it would fail to move its arguments to a GPU
     finally:
         replicated._modules["module"] = module
 
@@ -190,7 +186,7 @@ class _UsesAll(torch.nn.Module):
         super().__init__()
         self.used = parameters  # a list, so that they are not registered
 
-    def forward(self) -> torch.Tensor:
+    def forward(self, _: None) -> torch.Tensor:
         nothing: torch.Tensor = _Nothing.apply(*self.used)  # type: ignore[no-untyped-call]
         return nothing
 
@@ -208,11 +204,17 @@ class _Nothing(torch.autograd.Function):
         return tuple(parameter.new_zeros(()).expand(parameter.shape) for parameter in ctx.parameters)
 
 
-def sync_buffers_again(modules: list[torch.nn.Module]) -> None:
-    """Has DDP broadcast the buffers before the next forward pass, as it does once after each synchronisation."""
-    for module in modules:
-        if (replicated := replicated_in(module)) is not None:
-            replicated.require_forward_param_sync = True
+def buffer_syncs(modules: list[torch.nn.Module]) -> list[bool]:
+    """Whether DDP broadcasts the buffers before the next forward pass, as it does once after each synchronisation."""
+    wrappers = [replicated for module in modules if (replicated := replicated_in(module)) is not None]
+    return [replicated.require_forward_param_sync for replicated in wrappers]
+
+
+def set_buffer_syncs(modules: list[torch.nn.Module], syncs: list[bool]) -> None:
+    """Makes that what it was when `buffer_syncs` was asked."""
+    wrappers = [replicated for module in modules if (replicated := replicated_in(module)) is not None]
+    for replicated, sync in zip(wrappers, syncs, strict=True):
+        replicated.require_forward_param_sync = sync
 
 
 def reset_iteration(modules: list[torch.nn.Module]) -> None:

@@ -56,6 +56,7 @@ LAYERS = [
     "fit",
     "out_of_memory",
     "accumulation",
+    "filler",
     "items",
     "precollated",
     "padding",
