@@ -51,6 +51,11 @@ class Fault:
     reason: str = ""
     row: Any = field(default=None, repr=False)
 
+    def __str__(self) -> str:
+        if not self.rows:
+            return "a few tokens to keep in step with other processes"
+        return f"a micro-batch of {self.rows:,} x {self.width:,} tokens"
+
 
 class Guard:
     """Runs the micro-batches of one attempt; from the first that there is no memory for, it only keeps in step."""
@@ -194,8 +199,8 @@ def _counted(fault: Fault, seen: Counter[tuple[int, int, int, bool]]) -> Fault:
     if seen[key] > MOST_TIMES:
         reason = f" ({fault.reason})" if fault.reason else ""
         raise MemoryError(
-            f"A micro-batch of {fault.rows:,} x {fault.width:,} tokens has run out of memory {seen[key]} times{reason}, "
-            "and cannot be split further. Shorten its rows, take a smaller model or dtype, or give it more memory."
+            f"Process {fault.rank} has run out of memory {seen[key]} times with {fault}{reason}, which cannot be split "
+            "further. Shorten its rows, take a smaller model or dtype, or give it more memory."
         )
     return replace(fault, times=seen[key])
 

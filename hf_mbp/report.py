@@ -188,10 +188,7 @@ def retry_line(step: int, faults: list[Fault], micro_batches: list[MicroBatch]) 
     how = f"in {_counted(micro_batches)}"
     if any(micro_batch.is_checkpointed for micro_batch in micro_batches):
         how += ", those of the longest rows with activation checkpointing"
-    return (
-        f"hf_mbp: step {step}: no memory{where} for a micro-batch of {fault.rows:,} x {fault.width:,} tokens{reason}. "
-        f"The step is run again from its start, {how}."
-    )
+    return f"hf_mbp: step {step}: no memory{where} for {fault}{reason}. The step is run again from its start, {how}."
 
 
 def compiled_note() -> str:

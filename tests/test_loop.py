@@ -229,6 +229,27 @@ def test_a_mini_batch_is_run_again_when_memory_runs_out(stage: str) -> None:
     assert relative_error(expected, gradients_of(model)) < 1e-7
 
 
+def test_a_head_beside_the_model_is_put_back() -> None:
+    """It is prepared like the model, and the loss uses both."""
+    rows = with_labels(plain_rows(16), lambda index, row: index % 3)
+    gradients = []
+    for passes in (set(), {1}):
+        accelerator = Accelerator(cpu=True)
+        model = build(BertForSequenceClassification, bert_config(num_labels=3))
+        torch.manual_seed(0)
+        head = accelerator.prepare(torch.nn.Linear(3, 3).double())
+
+        def loss(inputs: Any, model: Any = model, head: Any = head) -> torch.Tensor:
+            labels = inputs.pop("labels")
+            return torch.nn.functional.cross_entropy(head(model(**inputs).logits), labels)
+
+        faults = Faults(model.classifier, "backward", passes).install(model)
+        run(model, rows, loss=loss, accelerator=accelerator)
+        assert faults.raised == len(passes)
+        gradients.append(gradients_of(head))
+    assert relative_error(*gradients) < 1e-9
+
+
 def test_a_row_that_does_not_fit_is_checkpointed_and_then_given_up() -> None:
     model, rows = build(LlamaForCausalLM, llama_config()), with_labels(plain_rows(4), masked_prefix)
     layer = model.model.layers[0]

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from torch import nn
 from transformers import BertForSequenceClassification, LlamaForCausalLM, TrainerCallback
 
-from hf_mbp import MBPTrainer
+from hf_mbp import MBPTrainer, other_trainers
+from hf_mbp.accumulation import Float32Sums
 from hf_mbp.compat import can_checkpoint
-from hf_mbp.recovery import ChangingBuffers
+from hf_mbp.first_step import protect_first_step
+from hf_mbp.recovery import MOST_TIMES, SMALL_BUFFER, ChangingBuffers, Fault, _counted
 from tests.faults import MESSAGE, Faults
 from tests.helpers import (
     Pad,
@@ -194,15 +197,74 @@ def test_running_means_are_put_back(tmp_path: Path) -> None:
 
 def test_only_buffers_that_change_are_copied_after_the_first_mini_batch() -> None:
     model = Normalised().double()
-    model.register_buffer("table", torch.ones(1000))
-    model.register_buffer("quantized", torch.ones(1000, dtype=torch.int8))
+    size = 2 * SMALL_BUFFER
+    model.register_buffer("table", torch.ones(size))
+    model.register_buffer("memory", torch.ones(size))
+    model.register_buffer("quantized", torch.ones(size, dtype=torch.int8))
     buffers = ChangingBuffers()
     first = buffers.copies([model])
-    assert {kept.name for kept in first} == {"running_mean", "running_var", "num_batches_tracked", "table"}
-    rows = Pad()(ROWS)
-    model(**rows)
+    small = {"running_mean", "running_var", "num_batches_tracked"}
+    assert {kept.name for kept in first} == {*small, "table", "memory"}
+    model(**Pad()(ROWS))
+    model.memory += 1
     buffers.learn(first)
-    assert {kept.name for kept in buffers.copies([model])} == {"running_mean", "running_var", "num_batches_tracked"}
+    assert {kept.name for kept in buffers.copies([model])} == {*small, "memory"}
+
+
+def test_the_same_fault_again_and_again_ends_the_run() -> None:
+    seen: Counter[Any] = Counter()
+    fault = Fault(rank=1, rows=0, width=1, is_checkpointed=False, reason="CUDA out of memory")
+    assert [_counted(fault, seen).times for _ in range(MOST_TIMES)] == list(range(1, MOST_TIMES + 1))
+    with pytest.raises(
+        MemoryError, match=r"Process 1 .* 4 times with a few tokens to keep in step .*CUDA out of memory"
+    ):
+        _counted(fault, seen)
+
+
+class Counting(nn.Module):
+    """Has a counter of its rows by label, a table that changes late, and a number beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(60, 1)
+        self.register_buffer("seen", torch.zeros(4, dtype=torch.int64))
+        self.longest = 0
+
+    def forward(self, input_ids: Any, attention_mask: Any, labels: Any) -> dict[str, Any]:
+        if torch.is_grad_enabled():
+            self.seen += torch.bincount(labels.clamp(min=0), minlength=4)
+            self.longest = max(self.longest, input_ids.shape[1])
+        return {"loss": ((self.embedding(input_ids).mean((1, 2)) - labels).square() * self.longest).mean()}
+
+
+def test_counters_and_the_numbers_beside_them_are_put_back(tmp_path: Path) -> None:
+    """After a first step that had nothing to learn from."""
+    rows = [*with_labels(ROWS, lambda index, row: -100), *ROWS]
+
+    class Labelled(MBPTrainer):
+        def num_items(self, micro_batch: Any) -> float:
+            return float((micro_batch["labels"] != -100).sum())
+
+    outcomes = []
+    for passes in (set(), {1}):
+        torch.manual_seed(0)
+        model = Counting().double()
+        faults = Faults(model.embedding, "backward", passes).install(model)
+        trainer = mbp_trainer(
+            model,
+            rows,
+            tmp_path,
+            check_at_start=False,
+            max_steps=2,
+            train_sampling_strategy="sequential",
+            trainer_class=Labelled,
+        )
+        with pytest.warns(UserWarning, match="nothing to learn from"):
+            trainer.train()
+        assert faults.raised == len(passes)
+        outcomes.append((model.seen.tolist(), sum(model.seen.tolist())))
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][1] == 16
 
 
 class Notes(MBPTrainer):
@@ -287,6 +349,71 @@ def test_batches_of_a_loader_of_ones_own_are_halved(tmp_path: Path) -> None:
     trainer = trained(model, tmp_path, faults, trainer_class=Ready)
     assert faults.rows_seen == [16, 8, 8, 4, 4, 4, 4]
     assert relative_error(expected, trainer.recorder.gradients[0]) < 1e-7
+
+
+def test_batches_of_pairs_are_halved_by_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen rows come first, then the rejected ones."""
+    trainer = mbp_trainer(classifier(), ROWS, tmp_path)
+    monkeypatch.setattr(other_trainers, "rows_each", lambda trainer: 2)
+    inputs = {"input_ids": torch.arange(8)[:, None]}
+    halves = trainer.mbp_feed._parts_of(inputs, Fault(rank=0, rows=8, width=1, is_checkpointed=False))
+    assert [half["input_ids"].flatten().tolist() for half in halves] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+def test_a_loader_of_ones_own_whose_rows_never_fit_ends(tmp_path: Path) -> None:
+    class Ready(MBPTrainer):
+        def get_train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(ROWS[:4], batch_size=4, collate_fn=Pad())
+
+    model = classifier()
+    faults = Faults(model.bert.embeddings, "forward", set(range(1000)))
+    with pytest.raises(MemoryError, match="does not fit the memory by itself, with activation checkpointing"):
+        trained(model, tmp_path, faults, trainer_class=Ready)
+    assert faults.raised < 10
+
+
+def test_a_parameter_of_the_trainer_itself_is_put_back(tmp_path: Path) -> None:
+    class Uncertain(MBPTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.log_variance = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(model, inputs, *args, **kwargs) * (-self.log_variance).exp()
+
+    gradients = []
+    for passes in (set(), {2}):
+        model = classifier()
+        faults = Faults(model.classifier, "backward", passes)
+        trainer = trained(model, tmp_path, faults, trainer_class=Uncertain)
+        assert faults.raised == len(passes)
+        gradients.append(float(trainer.log_variance.grad))
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-9)
+
+
+def test_what_is_not_released_at_once_may_be_there_a_moment_later(tmp_path: Path) -> None:
+    """One fault with a single row, in a model without activation checkpointing, does not end the run."""
+    model = classifier()
+    model.supports_gradient_checkpointing = False
+    faults = Faults(model.classifier, "backward", {0})
+    trainer = trained(model, tmp_path, faults, max_tokens_per_micro_batch=3, on_inexact="warn")
+    assert (faults.raised, retries(trainer)) == (1, 1)
+
+
+def test_a_fault_in_the_sums_of_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = trained(classifier().bfloat16(), tmp_path, accumulate_in_fp32=True)
+    real, calls = Float32Sums.add, []
+
+    def add(sums: Float32Sums, parameters: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError(MESSAGE)
+        real(sums, parameters)
+
+    monkeypatch.setattr(Float32Sums, "add", add)
+    trainer = trained(classifier().bfloat16(), tmp_path, accumulate_in_fp32=True)
+    assert retries(trainer) == 1
+    assert relative_error(expected.recorder.gradients[0], trainer.recorder.gradients[0]) < 0.02
 
 
 # A row that does not fit alone
@@ -417,3 +544,52 @@ def test_states_that_never_fit_are_explained(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(MemoryError, match=r"no memory for the states of the optimizer.*optim='adafactor'"):
         trained(model, tmp_path, callbacks=[Watch()], optim="adamw_torch")
     assert before.keys() == model.state_dict().keys()
+
+
+def scaled_step(optimizer: Any, scaler: Any, weight: Any, value: float) -> None:
+    scaler.scale(weight.sum() * value).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_first_step_with_a_gradient_scaler(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states of fused AdamW cannot be made at first; the scaler goes on relying on what the optimizer is."""
+    outcomes = []
+    for fails in (False, True):
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+        scaler = torch.amp.GradScaler("cpu")
+        protect_first_step(optimizer, has_room_for=lambda size: True)
+        calls, real = [], torch.zeros_like
+
+        def zeros_like(
+            *args: Any, calls: list[int] = calls, real: Any = real, fails: bool = fails, **kwargs: Any
+        ) -> Any:
+            calls.append(1)
+            if fails and len(calls) == 1:
+                raise torch.OutOfMemoryError(MESSAGE)
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "zeros_like", zeros_like)
+            scaled_step(optimizer, scaler, weight, 1.0)
+        assert len(calls) > fails
+        outcomes.append(weight.detach().clone())
+    assert torch.equal(*outcomes)
+    assert not torch.equal(outcomes[0], torch.ones(3))
+
+
+def test_a_step_without_room_for_a_copy_is_not_protected() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight])
+    asked: list[int] = []
+
+    def has_room_for(size: int) -> bool:
+        asked.append(size)
+        return False
+
+    weight.grad = torch.ones(3)
+    protect_first_step(optimizer, has_room_for=has_room_for)
+    assert asked == [12]
+    assert "step" not in vars(optimizer)

@@ -42,3 +42,10 @@ def test_a_memory_limit_where_the_budget_cannot_be_sized() -> None:
     config = MBPConfig(max_tokens_per_micro_batch=64, memory_limit="1GiB")
     with pytest.raises(ValueError, match=r"memory_limit='1GiB'.*Leave memory_limit out, and set max_tokens"):
         refusals.refuse_unsupported(trainer_with(fsdp_version=2, config=config))
+
+
+def test_a_static_graph() -> None:
+    trainer = trainer_with()
+    trainer.args.ddp_static_graph = True
+    with pytest.raises(ValueError, match=r"does not support ddp_static_graph=True: .*Leave it out"):
+        refusals.refuse_unsupported(trainer)
