@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import multiprocessing
+import os
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -192,7 +193,10 @@ class Laboratory:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.processes = multiprocessing.get_context("forkserver")
-        self.processes.set_forkserver_preload(["__main__", "benchmarks.measure"])
+        self.processes.set_forkserver_preload([__name__])
+        # Before Python 3.13 that process looks for modules only where the environment says, and goes without.
+        places = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
 
     def measurement(self, order: Order) -> Measurement:
         """Of one order, also of a process that was killed."""
