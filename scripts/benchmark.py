@@ -31,7 +31,7 @@ from benchmarks.measure import Laboratory, Measurement, Order
 from benchmarks.results import summary
 from benchmarks.workloads import WORKLOADS, Shape
 
-from hf_mbp.cli.errors import UserError, run_reporting_errors
+from hf_mbp.cli.errors import UserError, run_reporting_errors, user_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=2, help="of torch: OMP_NUM_THREADS [2]")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--output", default=str(ROOT / "docs" / "benchmark"), help="without ending [docs/benchmark]")
+    add("--results", type=Path, metavar="JSON", help="measure nothing, and write page and picture of these results")
     return command
 
 
@@ -165,7 +166,13 @@ def versions() -> str:
 
 
 def report_on(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures what the options ask for, and says where and how it was measured."""
+    """Measures what the options ask for, and says where and how it was measured.
+
+    Raises:
+        UserError: the options cannot be met.
+    """
+    if options.results:
+        return earlier_report(options.results)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no GPU; leave it out for the CPU")
     orders = orders_of(options)
@@ -190,6 +197,13 @@ def report_on(options: argparse.Namespace) -> dict[str, Any]:
         "summary": summary(records),
         "measurements": records,
     }
+
+
+def earlier_report(path: Path) -> dict[str, Any]:
+    """A report that was written before, summed up anew."""
+    with user_errors("--results"):
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {**report, "summary": summary(report["measurements"])}
 
 
 def write(report: dict[str, Any], output: Path) -> None:

@@ -93,6 +93,14 @@ def test_page_and_picture_are_written(done: tuple[dict[str, Any], Path]) -> None
     assert (folder / "tiny.png").stat().st_size > 10_000
 
 
+def test_results_are_written_again(done: tuple[dict[str, Any], Path], tmp_path: Path, script: ModuleType) -> None:
+    report, folder = done
+    again = script.earlier_report(folder / "tiny.json")
+    assert again == report
+    script.write(again, tmp_path / "tiny")
+    assert (tmp_path / "tiny.md").read_text() == (folder / "tiny.md").read_text()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_memory_is_what_was_taken(done: tuple[dict[str, Any], Path]) -> None:
     report, _ = done

@@ -24,10 +24,9 @@ INTRODUCTION = """\
 Written by `scripts/benchmark.py`; run it again to measure on your machine. All that was measured is in
 [{name}.json]({name}.json).
 
-Each measurement is a process of its own: a warm-up step of short rows, then whole epochs. The contestants take turns,
-{repetitions} times; given are median and range. Ratios to `Trainer` are between measurements of the same turn. All
-train the same rows with the same optimizer (AdamW, in float32, with the model's dropout), and with the default options
-but for what their names say.
+Each measurement is a process of its own: a warm-up step of short rows, then whole epochs. {turns} All train the same
+rows with the same optimizer (AdamW, in float32, with the model's dropout), and with the default options but for what
+their names say.
 
 * **rows a step**: `per_device_train_batch_size` x `gradient_accumulation_steps`.
 * **useful tokens**: those that are not padding, counted at the model itself.
@@ -46,6 +45,15 @@ but for what their names say.
   pads less, and makes steps of rows of nearly one length.
 """
 
+TURNS = (
+    "The contestants take turns, {count}\ntimes; given are median and range. "
+    "Ratios to `Trainer` are between measurements of the same turn."
+)
+ONE_TURN = "Every contestant was measured once,\nso nothing is known about the spread."
+
+BUSY = 0.25
+"""Share of the cores that others used when the measurements began, from which the reader is warned."""
+
 MEMORY = {"cpu": "the highest resident memory", "cuda": "the most memory that torch had reserved on the GPU"}
 
 
@@ -54,7 +62,7 @@ def page(report: Report, name: str) -> str:
     settings = report["settings"]
     introduction = INTRODUCTION.format(
         name=name,
-        repetitions=settings["repetitions"],
+        turns=TURNS.format(count=repetitions) if (repetitions := settings["repetitions"]) > 1 else ONE_TURN,
         memory=MEMORY[settings["device"]],
         max_tokens=settings["max_tokens"],
         headroom=settings["headroom_bytes"] / MIB,
@@ -70,7 +78,10 @@ def page(report: Report, name: str) -> str:
 def busy_note(report: Report) -> str:
     """How busy the machine was with others."""
     load, cores = report["load_before"], report["cores"]
-    return f"Load of the machine when it began: {load:.1f} on {cores} cores."
+    note = f"Load of the machine when it began: {load:.1f} on {cores} cores."
+    if load > BUSY * cores:
+        note += " **Other programs were running: speeds are too low, and their ratios rough.** Memory is not affected."
+    return note
 
 
 def tables(report: Report) -> str:
