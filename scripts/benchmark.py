@@ -1,0 +1,232 @@
+"""Measures speed and memory of MBPTrainer beside those of the stock Trainer.
+
+    python scripts/benchmark.py                     # everything; most of an hour on two cores; writes docs/benchmark.*
+    python scripts/benchmark.py --workload tiny --repetitions 1 --output /tmp/tiny       # a minute, to see how it goes
+    python scripts/benchmark.py --workload lognormal --shapes 64x1 --contestants mbp trainer --output /tmp/large
+
+Contestants take turns, several times: what disturbs the machine for a while disturbs all. Each measurement is a process
+of its own. Written are all measurements and their summary (.json), a page with tables (.md) and a picture (.png).
+A shape is per_device_train_batch_size x gradient_accumulation_steps: 4x16 has 64 rows a step, read 4 at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.contestants import BASELINE, CONTESTANTS, parse_headroom
+from benchmarks.measure import Laboratory, Measurement, Order
+from benchmarks.results import summary
+from benchmarks.workloads import WORKLOADS, Shape
+
+from hf_mbp.cli.errors import UserError, run_reporting_errors, user_errors
+
+ROOT = Path(__file__).resolve().parents[1]
+MIB = 2**20
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = command.add_argument
+    add("--workload", nargs="+", choices=WORKLOADS, default=["lognormal", "equal"])
+    add("--shapes", nargs="+", metavar="ROWSxBATCHES", help="of each workload [its own]")
+    add("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    add("--repetitions", type=int, default=3, help="[3]")
+    add("--steps", type=int, help="optimizer steps, in whole epochs [one epoch]")
+    add("--max_tokens", type=int, default=2048, help="cells of a micro-batch of mbp_max_tokens [2048]")
+    add("--memory_limit", default="1GiB", help="what mbp_memory_limit may take on top of the model [1GiB]")
+    add("--threads", type=int, default=2, help="of torch: OMP_NUM_THREADS [2]")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--output", default=str(ROOT / "docs" / "benchmark"), help="without ending [docs/benchmark]")
+    add("--results", type=Path, metavar="JSON", help="measure nothing, and write page and picture of these results")
+    return command
+
+
+def orders_of(options: argparse.Namespace) -> list[Order]:
+    """Every measurement, in the order in which they are made.
+
+    Raises:
+        UserError: the options contradict each other or the workload.
+    """
+    if options.repetitions < 1:
+        raise UserError(f"--repetitions {options.repetitions}: write at least 1")
+    if options.threads < 1:
+        raise UserError(f"--threads {options.threads}: write at least 1")
+    try:
+        headroom = parse_headroom(options.memory_limit)
+    except ValueError as error:
+        raise UserError(f"--memory_limit: {error}") from error
+    return [
+        Order(
+            workload=workload,
+            shape=str(shape),
+            contestant=contestant,
+            repetition=repetition,
+            steps=steps_of(workload, shape, options.steps),
+            device=options.device,
+            max_tokens=options.max_tokens,
+            headroom_bytes=headroom,
+        )
+        for repetition, workload in itertools.product(range(options.repetitions), options.workload)
+        for shape in shapes_of(workload, options.shapes)
+        for contestant in in_order(options.contestants)
+        if shape.batches > 1 or not CONTESTANTS[contestant].needs_batches
+    ]
+
+
+def in_order(names: list[str]) -> list[str]:
+    """Contestants as they are listed, once each."""
+    return [name for name in CONTESTANTS if name in names]
+
+
+def shapes_of(workload: str, asked: list[str] | None) -> list[Shape]:
+    """Those that were asked for, or its own.
+
+    Raises:
+        UserError: one is no shape, or the rows of the workload do not make whole steps of it.
+    """
+    own = " ".join(WORKLOADS[workload].shapes)
+    try:
+        shapes = [Shape.parse(text) for text in asked or WORKLOADS[workload].shapes]
+    except ValueError as error:
+        raise UserError(f"--shapes: {error}") from error
+    num_rows = len(WORKLOADS[workload].lengths())
+    for shape in shapes:
+        if num_rows % shape.rows_per_step:
+            raise UserError(
+                f"--shapes {shape}: {shape.rows_per_step} rows a step do not divide the {num_rows} rows of {workload}; "
+                f"write for example {own}"
+            )
+    return shapes
+
+
+def steps_of(workload: str, shape: Shape, asked: int | None) -> int:
+    """Optimizer steps; whole epochs, in which all contestants train the same rows, each in an order of its own.
+
+    Raises:
+        UserError: the steps make no whole epochs.
+    """
+    epoch = len(WORKLOADS[workload].lengths()) // shape.rows_per_step
+    if asked is not None and (asked < 1 or asked % epoch):
+        raise UserError(f"--steps {asked}: an epoch of {workload} at {shape} has {epoch} steps; write a multiple of it")
+    return asked or epoch
+
+
+def measured(orders: list[Order]) -> list[dict[str, Any]]:
+    """The records of all orders; each is told when it is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        laboratory = Laboratory(folder)
+        records = []
+        for order in orders:
+            measurement = laboratory.measurement(order)
+            print(as_line(order, measurement), flush=True)
+            records.append({**asdict(order), **asdict(measurement)})
+        return records
+
+
+def as_line(order: Order, measurement: Measurement) -> str:
+    """A measurement in words."""
+    what = f"{order.repetition + 1}  {order.workload:<10}{order.shape:<7}{order.contestant:<17}"
+    peak = f"{measurement.peak_bytes / MIB:>8,.0f} MiB"
+    if measurement.error:
+        return f"{what}{peak}  FAILS: {measurement.error.splitlines()[0][:90]}"
+    return (
+        f"{what}{peak}{measurement.tokens / measurement.seconds:>9,.0f} tokens/s"
+        f"{1 - measurement.tokens / measurement.cells:>7.1%} padding{measurement.seconds:>7.1f} s"
+        f"{measurement.setup_seconds:>6.1f} s before"
+    )
+
+
+def machine() -> str:
+    """Processor, cores and, if there is one, GPU."""
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.exists() else []
+    processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}{processor}, {os.cpu_count()} cores"
+
+
+def versions() -> str:
+    """Of what the speed depends on."""
+    packages = ("torch", "transformers", "accelerate", "hf-mbp")
+    return f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in packages)
+
+
+def report_on(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures what the options ask for, and says where and how it was measured.
+
+    Raises:
+        UserError: the options cannot be met.
+    """
+    if options.results:
+        return earlier_report(options.results)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch finds no GPU; leave it out for the CPU")
+    orders = orders_of(options)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # read by the processes of the measurements
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait sleep, if other programs want the cores
+    load, started = os.getloadavg()[0], time.perf_counter()
+    records = measured(orders)
+    return {
+        "machine": f"{machine()}, {options.threads} threads",
+        "cores": os.cpu_count(),
+        "load_before": load,
+        "versions": versions(),
+        "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+        "seconds": time.perf_counter() - started,
+        "settings": {
+            "repetitions": options.repetitions,
+            "device": options.device,
+            "max_tokens": options.max_tokens,
+            "headroom_bytes": orders[0].headroom_bytes,
+            "baseline": BASELINE,
+        },
+        "summary": summary(records),
+        "measurements": records,
+    }
+
+
+def earlier_report(path: Path) -> dict[str, Any]:
+    """A report that was written before, summed up anew."""
+    with user_errors("--results"):
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {**report, "summary": summary(report["measurements"])}
+
+
+def write(report: dict[str, Any], output: Path) -> None:
+    """Writes `output` with .json, .md and .png, and prints the tables."""
+    from benchmarks.report import draw, page, tables  # imports matplotlib
+
+    Path(f"{output}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    Path(f"{output}.md").write_text(page(report, output.name), encoding="utf-8")
+    draw(report, Path(f"{output}.png"))
+    print("\n" + tables(report))
+
+
+def main() -> int:
+    """Measures and writes; the exit code is 2 after a mistake, 1 if a contestant failed."""
+    options = parser().parse_args()
+    reports: list[dict[str, Any]] = []
+    mistake = run_reporting_errors(lambda: reports.append(report_on(options)), show_traceback=False)
+    if mistake:
+        return mistake
+    (report,) = reports
+    write(report, Path(options.output))
+    return int(any(record["error"] for record in report["measurements"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

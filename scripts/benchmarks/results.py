@@ -1,0 +1,62 @@
+"""From measurements to medians, spreads and ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import median
+from typing import Any
+
+from benchmarks.contestants import BASELINE
+
+Record = dict[str, Any]
+"""The fields of an order and of its measurement."""
+
+
+def summary(records: list[Record]) -> list[Record]:
+    """An entry for each contestant in each place (workload and shape), in the order in which they ran.
+
+    Ratios are between measurements of the same repetition, so that what slows the machine for a while slows both.
+    """
+    keys = dict.fromkeys((r["workload"], r["shape"], r["contestant"]) for r in records)
+    return [_entry(key, records) for key in keys]
+
+
+def _entry(key: tuple[str, str, str], records: list[Record]) -> Record:
+    workload, shape, contestant = key
+    place = [r for r in records if (r["workload"], r["shape"]) == (workload, shape)]
+    own = [r for r in place if r["contestant"] == contestant]
+    entry: Record = {"workload": workload, "shape": shape, "contestant": contestant}
+    if errors := [r["error"] for r in own if r["error"]]:
+        return {**entry, "error": errors[0]}
+    pairs = [(r, base) for r in own for base in place if _are_comparable(r, base)]
+    return {
+        **entry,
+        "error": "",
+        "tokens_per_second": spread(tokens_per_second(r) for r in own),
+        "speed_ratio": spread(tokens_per_second(r) / tokens_per_second(base) for r, base in pairs),
+        "padding_fraction": median(1 - r["tokens"] / r["cells"] for r in own),
+        "micro_batches_per_step": median(r["micro_batches"] / r["steps"] for r in own),
+        "peak_bytes": spread(r["peak_bytes"] for r in own),
+        "memory_ratio": spread(r["peak_bytes"] / base["peak_bytes"] for r, base in pairs if base["peak_bytes"]),
+        "setup_seconds": spread(r["setup_seconds"] for r in own),
+    }
+
+
+def tokens_per_second(record: Record) -> float:
+    """Tokens that are not padding, a second."""
+    return float(record["tokens"] / record["seconds"])
+
+
+def _are_comparable(record: Record, base: Record) -> bool:
+    return base["contestant"] == BASELINE and base["repetition"] == record["repetition"] and not base["error"]
+
+
+def spread(values: Iterable[float]) -> dict[str, float] | None:
+    """Median and extremes; `None` where there is nothing.
+
+    Example:
+        >>> spread([3, 1, 2])
+        {'median': 2, 'min': 1, 'max': 3}
+    """
+    numbers = list(values)
+    return {"median": median(numbers), "min": min(numbers), "max": max(numbers)} if numbers else None
