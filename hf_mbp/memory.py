@@ -309,6 +309,8 @@ def peak_memory(device: torch.device) -> int:
     now = 0
     if device.type == "cuda":
         now = int(torch.cuda.max_memory_allocated(device))
-    elif device.type == "cpu" and sys.platform == "linux":
-        now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    elif (
+        device.type == "cpu" and _STATUS.exists()
+    ):  # that of `getrusage` may be the peak of the process that started us
+        now = _peak_resident()
     return max(now, _highest.get(device, 0))
