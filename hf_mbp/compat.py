@@ -223,10 +223,10 @@ def local_gradients(accelerator: Any, model: torch.nn.Module, no_sync: Any = Non
     Besides `no_sync` the flag of Accelerate has to be cleared: stock reduces replicated parameters, and DeepSpeed's
     wrapper steps the engine, whenever it is set. Whoever asks for `sync_each_batch` wants gradients reduced, and
     sharded, after each micro-batch: more communication, but no unsharded gradients in memory; the sum is the same.
-    DeepSpeed does so from ZeRO-2 on anyway.
+    DeepSpeed does so from ZeRO-2 on anyway; under DDP there is no memory to save.
     """
     state = accelerator.gradient_state
-    if state.plugin_kwargs.get("sync_each_batch") and accelerator.distributed_type != DistributedType.DEEPSPEED:
+    if state.plugin_kwargs.get("sync_each_batch") and accelerator.distributed_type == DistributedType.FSDP:
         yield
         return
     syncs = state.sync_gradients

@@ -173,6 +173,7 @@ def reduce_gradients(replicated: torch.nn.parallel.DistributedDataParallel) -> N
     if replicated.find_unused_parameters:  # those that no rank has used have to stay without a gradient
         parameters = [parameter for parameter in parameters if parameter.grad is not None]
     replicated._modules["module"] = _UsesAll(parameters)
+    replicated.require_forward_param_sync = False  # the stand-in has no buffers to broadcast
     try:
         replicated(None).backward()  # with nothing at all, it would fail to move its arguments to a GPU
     finally:
@@ -223,7 +224,7 @@ def reset_iteration(modules: list[torch.nn.Module]) -> None:
     And forward passes that no backward pass followed, after which it gathers some parameters in vain.
     """
     for module in modules:
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and module._get_fsdp_state()._is_root:  # known from its first pass on
             module.reset_iter_state()
 
 
