@@ -1,6 +1,6 @@
 """Evaluation and prediction under the budget: each batch runs in micro-batches, and looks to stock as if it had not.
 
-    1. before the first batch two of its rows are tried together and apart: what may be split, what may be cut
+    1. before the first batch a few of its rows are tried together and apart: what may be split, what may be cut
     2. each batch is planned like a mini-batch: rows sorted by length, cut into groups under the budget
     3. one group after the other runs through the next class's `prediction_step`; its outputs go to the host at once
     4. outputs in the order of rows and the mean of the losses are handed to the stock loop, which does the rest
@@ -96,7 +96,7 @@ class Evaluation:
             rows_each=other_trainers.rows_each(self._trainer),
         )
         generates = bool(getattr(self._trainer.args, "predict_with_generate", False)) and not prediction_loss_only
-        if self._traits is None:
+        if self._traits is None or self._ranks.highest(int(self._traits.leaves_open(batch))):
             self._traits = self._found_out(run, batch, generates=generates)
         if not self._traits.splits:
             return self._whole(run, inputs)
@@ -107,10 +107,11 @@ class Evaluation:
         tried = partial(run, loss_only=True) if generates else run
         self._trial = EvalTrial(self._trainer, self._ranks, tried, self._preprocess, self._num_items)
         if generates and "labels" not in batch.inputs:
-            traits = EvalTraits(splits=True, cuts=batch.has_targets)
+            all_parts = frozenset(range(batch.sizes(cuts=False).shape[1]))
+            traits = EvalTraits(splits=True, cuts=batch.has_targets, tried_parts=all_parts)
         else:
             with wrapped.eagerly(self._is_compiled):
-                traits = self._trial.traits(batch)
+                traits = self._trial.traits(batch, self._traits)
         if generates:  # a decoder alone goes on behind the padding; and this prediction step counts no items
             cuts = traits.cuts and batch.has_targets
             traits = replace(traits, cuts=cuts, preprocesses=False, follows=[set(), set()], is_counted=False)
@@ -141,7 +142,7 @@ class Evaluation:
     # A batch that is split
 
     def _split(self, run: Run, batch: EvalBatch, traits: EvalTraits, *, generates: bool) -> Result:
-        cuts, beams = traits.cuts and batch.is_cuttable, compat.num_beams(self._trainer) if generates else 1
+        cuts, beams = traits.cuts_of(batch), compat.num_beams(self._trainer) if generates else 1
         cutting = _Cutting(batch, self._num_items, cuts=cuts, beams=beams)
         groups = self._groups(run, cutting)
         if self._ranks.count == 1 and len(groups) == 1 and _is_whole(groups[0], batch):
