@@ -689,6 +689,18 @@ def test_generation_without_labels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(split.predictions, whole.predictions)
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default `max_length`:UserWarning")
+@pytest.mark.parametrize("budget", [BUDGET, None])
+def test_generation_to_the_default_length(budget: int | None, tmp_path: Path) -> None:
+    """Stock's first batch may be a token longer: its step writes the default into the configuration afterwards."""
+    predicted = []
+    for kind in (Seq2SeqTrainer, MBPSeq2SeqTrainer):
+        model = build(T5ForConditionalGeneration, t5_config(eos_token_id=37))
+        options = {"predict_with_generate": True, "max_tokens_per_micro_batch": budget, "memory_limit": None}
+        predicted.append(trainer_of(kind, model, tmp_path, **options).predict(rows_of(targets)))
+    assert_same_labels(predicted[0].predictions, predicted[1].predictions)
+
+
 # Memory
 
 
@@ -758,6 +770,32 @@ def test_another_error_is_no_lack_of_memory(tagger: Any, tmp_path: Path) -> None
     with pytest.raises(RuntimeError, match="a bug"):
         trainer_of(MBPTrainer, tagger, tmp_path).predict(TAGGED)
     assert len(calls) == 6
+
+
+def test_what_was_found_out_is_kept_while_the_weights_are(tagger: Any, tmp_path: Path) -> None:
+    trainer, shapes, counts = trainer_of(MBPTrainer, tagger, tmp_path), Shapes(tagger), []
+    trainer.predict(TAGGED)
+    for changes_weights in (False, True, False):
+        if changes_weights:
+            torch.nn.init.zeros_(tagger.classifier.bias)
+        before = len(shapes.shapes)
+        trainer.predict(TAGGED)
+        counts.append(len(shapes.shapes) - before)
+    assert counts[1] == counts[0] + 6 == counts[2] + 6, "forward passes of the trial, again with other weights"
+    trainer.data_collator = PadToTheEnd()
+    whole = trainer_of(Trainer, tagger, tmp_path, data_collator=PadToTheEnd()).predict(TAGGED)
+    before = len(shapes.shapes)
+    assert_same(whole, trainer.predict(TAGGED), TAGGED)
+    assert len(shapes.shapes) - before >= counts[1]
+
+
+def test_preprocessing_is_left_to_stock_in_every_evaluation(tmp_path: Path) -> None:
+    model, rows = build(BertForSequenceClassification, bert_config(num_labels=3)), rows_of(lambda i, _: i % 3)
+    options = {"preprocess_logits_for_metrics": lambda logits, _: logits - logits.mean(dim=0)}
+    whole = trainer_of(Trainer, model, tmp_path, **options).predict(rows)
+    trainer = trainer_of(MBPTrainer, model, tmp_path, **options)
+    for _ in range(2):
+        assert_same(whole, trainer.predict(rows), rows)
 
 
 def test_the_trainer_is_left_as_it_was(tagger: Any, tmp_path: Path) -> None:
