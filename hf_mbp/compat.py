@@ -3,6 +3,7 @@
 Checked against transformers 5.17 and 5.24, accelerate 1.15. Each function says what it relies on.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -93,6 +94,32 @@ def num_beams(trainer: Any) -> int:
     """Beams of the generation that `Seq2SeqTrainer` was asked for, which it keeps in `_gen_kwargs`."""
     asked = getattr(trainer, "_gen_kwargs", {}).get("num_beams")
     return int(asked or getattr(trainer.model.generation_config, "num_beams", None) or 1)
+
+
+def same_generation(trainer: Any, run: Callable[[Any], Any], *, leaves_it: bool = False) -> Callable[[Any], Any]:
+    """A prediction step that finds `model.generation_config` as it is now in every call, and after it if `leaves_it`.
+
+    `Seq2SeqTrainer.prediction_step` writes defaults into it after its first call: from there on a `max_length` of 20,
+    which the first call reads as 20 new tokens, counts the first one, too (5.24).
+    """
+    config = getattr(trainer.model, "generation_config", None)
+    if config is None:
+        return run
+    before = copy.deepcopy(vars(config))
+
+    def put_back() -> None:
+        vars(config).clear()
+        vars(config).update(copy.deepcopy(before))
+
+    def run_again(inputs: Any) -> Any:
+        put_back()
+        try:
+            return run(inputs)
+        finally:
+            if leaves_it:
+                put_back()
+
+    return run_again
 
 
 def pad_token_of_generation(trainer: Any) -> int:

@@ -1,6 +1,6 @@
 """A collated batch of evaluation: how long its rows are, and micro-batches taken out of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -71,6 +71,49 @@ class EvalBatch:
         if not self.is_splittable or not isinstance(labels, torch.Tensor) or labels.ndim != 2:
             return np.ones(self.num_examples, dtype=np.int64)
         return self._of_examples(_host((labels[:, 1:] != IGNORE_INDEX).sum(dim=1))[:, None])[:, 0]
+
+    @cached_property
+    def labels(self) -> frozenset[int]:
+        """The different labels that count, if they are classes or tokens."""
+        return self.labels_of(range(self.num_examples))
+
+    def labels_of(self, examples: Iterable[int]) -> frozenset[int]:
+        """Those of some examples."""
+        found = np.unique(self._classes[list(examples)])
+        return frozenset(found[found != IGNORE_INDEX].tolist())
+
+    @cached_property
+    def mean_labels(self) -> list[float]:
+        """Of each example, so that those with other labels stand apart; 0 where there are none."""
+        counts = (self._classes != IGNORE_INDEX).sum(axis=1)
+        sums = np.where(self._classes != IGNORE_INDEX, self._classes, 0).sum(axis=1)
+        return [float(mean) for mean in sums / np.maximum(counts, 1)]
+
+    @cached_property
+    def _classes(self) -> Ints:
+        """Integer labels `[examples, labels]`; without columns if there are none."""
+        labels = self.inputs.get("labels")
+        if (
+            not isinstance(labels, torch.Tensor)
+            or not labels.ndim
+            or labels.is_floating_point()
+            or not self.is_splittable
+        ):
+            return np.zeros((self.num_examples, 0), dtype=np.int64)
+        of_rows = _host(labels.reshape(len(labels), -1))
+        return np.concatenate(np.split(of_rows, len(labels) // self.num_examples), axis=1)
+
+    @cached_property
+    def padded(self) -> frozenset[int]:
+        """The parts (see `sizes`) whose padding can be cut for some of its examples."""
+        return self.padded_for(range(self.num_examples))
+
+    def padded_for(self, examples: Iterable[int]) -> frozenset[int]:
+        """The parts that are padding in the end of one of these examples, and can be cut."""
+        if not self.is_cuttable:
+            return frozenset()
+        is_padded = self.sizes(cuts=True)[list(examples)] < self.sizes(cuts=False)[:1]
+        return frozenset(np.flatnonzero(is_padded.any(axis=0)).tolist())
 
     def sizes(self, *, cuts: bool) -> Ints:
         """Cells of each example, `[examples, parts]`: as long as its rows, or as wide as the batch unless `cuts`."""

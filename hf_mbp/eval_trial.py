@@ -1,8 +1,12 @@
-"""What splitting would make of a trainer's predictions and loss, tried on two rows before the first batch."""
+"""What splitting would make of a trainer's predictions and loss, tried on a few rows of the first batch.
+
+Whether padding can be cut shows where there is some, and whether the loss is a mean over what is counted where labels
+differ. A batch may have neither; then later ones are tried, too.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isclose, isfinite, isnan
 from typing import Any
 
@@ -29,6 +33,12 @@ makes larger ones."""
 TIES = 0.1
 """Share of integers, such as the classes that a preprocessing function picks, that rounding may turn."""
 
+LOSS_EXAMPLES = 8
+"""On which the loss is tried: enough that some are likely to weigh more than others."""
+
+MOST_LABELS = 16
+"""Batches with other labels than before are tried until so many were seen, or 1,000 classes would be tried for long."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalTraits:
@@ -36,7 +46,9 @@ class EvalTraits:
 
     Attributes:
         splits: rows have their predictions by themselves, and the loss is their mean.
-        cuts: and whatever they are padded to.
+        cuts: and whatever they are padded to, as far as that was tried.
+        tried_parts: those of `EvalBatch.padded` whose padding was cut in the trial.
+        tried_labels: the labels of the batches that were tried.
         preprocesses: `preprocess_logits_for_metrics` works row by row, too.
         follows: dimensions of predictions and labels that are as wide as the inputs; `None` if the two rows did not
             tell.
@@ -46,10 +58,36 @@ class EvalTraits:
 
     splits: bool
     cuts: bool = False
+    tried_parts: frozenset[int] = frozenset()
+    tried_labels: frozenset[int] = frozenset()
     preprocesses: bool = False
     follows: Follows | None = None
     is_counted: bool = False
     count_effect: "CountEffect | None" = None
+
+    def cuts_of(self, batch: EvalBatch) -> bool:
+        """Whether the padding of a batch can be cut, all of which must have been tried."""
+        return self.cuts and batch.is_cuttable and batch.padded <= self.tried_parts
+
+    def leaves_open(self, batch: EvalBatch) -> bool:
+        """Whether a batch could show what those before it could not."""
+        if not self.splits:
+            return False
+        if self.cuts and not batch.padded_for(two_examples(batch)) <= self.tried_parts:
+            return True
+        if len(self.tried_labels) >= MOST_LABELS or batch.labels <= self.tried_labels:
+            return False
+        return len(batch.labels) > 1 or not self.tried_labels  # rows with one label weigh the same
+
+    def joined(self, later: "EvalTraits") -> "EvalTraits":
+        """With what a later batch has shown."""
+        return replace(
+            later,
+            cuts=self.cuts and later.cuts,
+            tried_parts=self.tried_parts | later.tried_parts,
+            tried_labels=self.tried_labels | later.tried_labels,
+            follows=self.follows if later.follows is None else later.follows,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +116,7 @@ class _Outcome:
 
 
 class EvalTrial:
-    """Runs two rows together and apart.
+    """Runs a few rows together and apart.
 
     Args:
         run: the prediction step.
@@ -105,37 +143,50 @@ class EvalTrial:
         )
         self._tolerance = ROUNDING_HALF if is_half else ROUNDING
 
-    def traits(self, batch: EvalBatch) -> EvalTraits:
-        """What splitting makes of the rows of a batch; a collective that asks all ranks alike."""
+    def traits(self, batch: EvalBatch, known: EvalTraits | None = None) -> EvalTraits:
+        """What splitting makes of the rows of a batch, beside what is known; a collective that asks all ranks alike."""
         if not self._all(batch.is_splittable):
             return EvalTraits(splits=False)
         for cuts in (True, False):
-            found = self._tried(batch, cuts=cuts)
-            if self._all(found.splits):
-                return found
-        return EvalTraits(splits=False)
+            found = self._tried(batch, known.tried_labels if known else frozenset(), cuts=cuts)
+            if found.splits and (found.preprocesses or self._preprocess is None):
+                break  # or logits keep their width, so that there are none at padding that stock does not have
+        return known.joined(found) if known else found
 
     def _all(self, is_so: bool) -> bool:
         return self._ranks.lowest(float(is_so)) == 1
 
-    def _tried(self, batch: EvalBatch, *, cuts: bool) -> EvalTraits:
-        cuts = cuts and batch.is_cuttable
+    def _tried(self, batch: EvalBatch, tried_labels: frozenset[int], *, cuts: bool) -> EvalTraits:
+        is_cut = cuts and batch.is_cuttable
         short, longer = two_examples(batch)
-        sizes = batch.sizes(cuts=cuts)
-        is_wider = cuts and bool((sizes[short] != sizes[longer]).all())
-        parts = [self._outcome(batch, [example], cuts=cuts) for example in (short, longer)]
+        sizes = batch.sizes(cuts=is_cut)
+        is_wider = is_cut and bool((sizes[short] != sizes[longer]).all())
+        parts = [self._outcome(batch, [example], cuts=is_cut) for example in (short, longer)]
         whole = self._outcome(batch, [short, longer], cuts=is_wider)
         preprocesses = self._all(self._match("processed", whole, parts)) if self._preprocess else False
         outputs = "processed" if preprocesses else "raw"
         is_counted = self._all(whole.is_counted)
+        is_mean = self._is_mean(batch, tried_labels, cuts=is_cut) and self._same_loss(whole, parts)
         return EvalTraits(
-            splits=self._match("raw", whole, parts) and self._same_loss(whole, parts),
-            cuts=cuts or not batch.is_cuttable,  # a later batch may be
+            splits=self._all(self._match("raw", whole, parts) and is_mean),
+            cuts=cuts,
+            tried_parts=batch.padded_for((short, longer)) if is_cut else frozenset(),
+            tried_labels=batch.labels,
             preprocesses=preprocesses,
-            follows=_follows(whole, parts[0], outputs) if cuts else None,
+            follows=_follows(whole, parts[0], outputs) if is_cut else None,
             is_counted=is_counted,
             count_effect=self.count_effect(batch) if is_counted and self._ranks.count > 1 else None,
         )
+
+    def _is_mean(self, batch: EvalBatch, tried_labels: frozenset[int], *, cuts: bool) -> bool:
+        """Whether the loss of a few examples is the mean over two halves, which differ in their labels if they can."""
+        examples = loss_examples(batch, tried_labels)
+        sample = replace(batch, inputs=batch.take(examples, cuts=batch.is_cuttable))
+        places = list(range(len(examples)))
+        halves = places[: len(places) // 2], places[len(places) // 2 :]
+        whole = self._outcome(sample, places, cuts=False)
+        parts = [self._outcome(sample, half, cuts=cuts) for half in halves]
+        return self._same_loss(whole, parts)
 
     def _outcome(self, batch: EvalBatch, examples: list[int], *, cuts: bool) -> _Outcome:
         inputs = batch.take(examples, cuts=cuts)
@@ -225,6 +276,24 @@ def two_examples(batch: EvalBatch) -> tuple[int, int]:
     short = order[0]
     longer = [example for example in order if (sizes[example] > sizes[short]).all()]
     return short, (longer or order[-1:])[0]
+
+
+def loss_examples(batch: EvalBatch, tried_labels: frozenset[int]) -> list[int]:
+    """Up to `LOSS_EXAMPLES`, in the order of their labels: of other labels first, and short ones.
+
+    Together they have no more cells than the longest example of the batch, unless they are two.
+    """
+    lengths = batch.sizes(cuts=batch.is_cuttable).sum(axis=1)
+    learned = [example for example in range(batch.num_examples) if batch.num_labels[example]]
+    order = sorted(
+        learned or range(batch.num_examples),
+        key=lambda example: (batch.labels_of([example]) <= tried_labels, lengths[example]),
+    )
+    first = {batch.mean_labels[example]: example for example in reversed(order)}.values()
+    chosen = sorted(order, key=lambda example: example not in first)[:LOSS_EXAMPLES]
+    while len(chosen) > 2 and len(chosen) * lengths[chosen].max() > lengths.max():
+        chosen.pop()
+    return sorted(chosen if len(chosen) > 1 else chosen * 2, key=lambda example: batch.mean_labels[example])
 
 
 def _follows(whole: _Outcome, part: _Outcome, kind: str) -> Follows | None:

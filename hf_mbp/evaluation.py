@@ -1,6 +1,6 @@
 """Evaluation and prediction under the budget: each batch runs in micro-batches, and looks to stock as if it had not.
 
-    1. before the first batch two of its rows are tried together and apart: what may be split, what may be cut
+    1. before the first batch a few of its rows are tried together and apart: what may be split, what may be cut
     2. each batch is planned like a mini-batch: rows sorted by length, cut into groups under the budget
     3. one group after the other runs through the next class's `prediction_step`; its outputs go to the host at once
     4. outputs in the order of rows and the mean of the losses are handed to the stock loop, which does the rest
@@ -9,6 +9,7 @@ What the loop makes of a batch (gathering, padding with -100, metrics) is stock'
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -58,22 +59,23 @@ class Evaluation:
         self._cost: Cost | None = None
         self._is_warned = False
         self._is_in_loop = False
+        self._is_recognised = False
+        self._found_for: tuple[Any, ...] = ()
         self._preprocess: Callable[[Any, Any], Any] | None = None
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what was found out about data, model and memory; every evaluation finds it out again."""
+        """Forgets what was found out about data, model and memory."""
         self._traits: EvalTraits | None = None
         self._effect: CountEffect | None = None
         self._budget: Budget | None = None
-        self._preprocess = None
         self._is_compiled = wrapped.compiles(self._trainer.accelerator, self._trainer.model)
 
     @contextmanager
     def loop(self) -> Iterator[None]:
         """Around the stock loop: logits are preprocessed, and gathered tensors brought to the host, batch by batch."""
         trainer = self._trainer
-        self.restart()
+        self._is_recognised = False
         self._preprocess, gather = trainer.preprocess_logits_for_metrics, trainer.gather_function
         self._is_in_loop = True
         trainer.gather_function = lambda tensors: to_device(gather(tensors), "cpu")
@@ -82,8 +84,7 @@ class Evaluation:
                 yield
         finally:
             trainer.gather_function = trainer.accelerator.gather_for_metrics  # as stock leaves it
-            self._is_in_loop = False
-            self.restart()
+            self._preprocess, self._is_in_loop = None, False
 
     def step(self, run: Run, inputs: Any, *, prediction_loss_only: bool) -> Result:
         """Loss, logits and labels of a batch, as `run`, the next class's `prediction_step`, would return them."""
@@ -96,26 +97,44 @@ class Evaluation:
             rows_each=other_trainers.rows_each(self._trainer),
         )
         generates = bool(getattr(self._trainer.args, "predict_with_generate", False)) and not prediction_loss_only
-        if self._traits is None:
+        if not (self._is_in_loop and self._is_recognised):
+            self._recognise(batch, generates, prediction_loss_only)
+        if self._traits is None or self._ranks.highest(int(self._traits.leaves_open(batch))):
             self._traits = self._found_out(run, batch, generates=generates)
+        if not self._traits.preprocesses and (self._traits.splits or self._ranks.count > 1):
+            self._leave_preprocessing()
         if not self._traits.splits:
             return self._whole(run, inputs)
         return self._split(run, batch, self._traits, generates=generates)
+
+    def _recognise(self, batch: EvalBatch, *how: bool) -> None:
+        """Keeps what was found out for batches such as this one and the weights as they are; or forgets it.
+
+        Evaluations one after the other, of several data sets, find it out once.
+        """
+        trainer = self._trainer
+        functions = [trainer.data_collator, self._preprocess, trainer.compute_loss_func]
+        found_for = (
+            *(weakref.ref(trainer.model), wrapped.version(trainer.model), trainer.state.global_step),
+            *(trainer.mbp_config, frozenset(batch.inputs), *how, *map(id, functions)),
+        )
+        if not self._ranks.lowest(float(found_for == self._found_for)):
+            self.restart()
+        self._found_for, self._functions, self._is_recognised = found_for, functions, True  # or others get their ids
 
     def _found_out(self, run: Any, batch: EvalBatch, *, generates: bool) -> EvalTraits:
         """What may be split and cut; by the loss alone where tokens are generated, which takes as long for two rows."""
         tried = partial(run, loss_only=True) if generates else run
         self._trial = EvalTrial(self._trainer, self._ranks, tried, self._preprocess, self._num_items)
         if generates and "labels" not in batch.inputs:
-            traits = EvalTraits(splits=True, cuts=batch.has_targets)
+            all_parts = frozenset(range(batch.sizes(cuts=False).shape[1]))
+            traits = EvalTraits(splits=True, cuts=batch.has_targets, tried_parts=all_parts)
         else:
             with wrapped.eagerly(self._is_compiled):
-                traits = self._trial.traits(batch)
+                traits = self._trial.traits(batch, self._traits)
         if generates:  # a decoder alone goes on behind the padding; and this prediction step counts no items
             cuts = traits.cuts and batch.has_targets
             traits = replace(traits, cuts=cuts, preprocesses=False, follows=[set(), set()], is_counted=False)
-        if not traits.preprocesses and (traits.splits or self._ranks.count > 1):
-            self._leave_preprocessing()
         if not traits.splits and batch.is_splittable and not self._is_warned:
             self._is_warned = True
             warnings.warn(NOT_SPLIT, stacklevel=2)
@@ -141,7 +160,7 @@ class Evaluation:
     # A batch that is split
 
     def _split(self, run: Run, batch: EvalBatch, traits: EvalTraits, *, generates: bool) -> Result:
-        cuts, beams = traits.cuts and batch.is_cuttable, compat.num_beams(self._trainer) if generates else 1
+        cuts, beams = traits.cuts_of(batch), compat.num_beams(self._trainer) if generates else 1
         cutting = _Cutting(batch, self._num_items, cuts=cuts, beams=beams)
         groups = self._groups(run, cutting)
         if self._ranks.count == 1 and len(groups) == 1 and _is_whole(groups[0], batch):
@@ -149,6 +168,7 @@ class Evaluation:
         fill = compat.pad_token_of_generation(self._trainer) if generates else IGNORE_INDEX
         outputs = RowOutputs(batch.num_examples, fill=fill, follows=traits.follows)
         losses, counts = [], []
+        run = compat.same_generation(self._trainer, run) if generates else run
         for group, (loss, *predictions) in self._results(run, cutting, groups):
             if group.micro_batch.num_rows:
                 losses.append(loss)
@@ -259,8 +279,9 @@ class Evaluation:
 
         def predict(inputs: Inputs) -> Any:
             micro_batch = MicroBatch(inputs=inputs, num_rows=1, num_items=1.0, cells=0, tokens=0)
+            again = compat.same_generation(self._trainer, run, leaves_it=True)
             with kept_notes(self._trainer), own_random_numbers(modules_of(self._trainer)):
-                return self._run(run, micro_batch, CallMetrics(self._trainer, self._ranks, mode="eval"))
+                return self._run(again, micro_batch, CallMetrics(self._trainer, self._ranks, mode="eval"))
 
         return inference_budget(self._trainer, batch, predict)
 

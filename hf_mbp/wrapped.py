@@ -233,3 +233,11 @@ def recovers(accelerator: Any) -> bool:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return False
     return accelerator.distributed_type != DistributedType.FSDP or hasattr(FSDPModule, "reset_iter_state")
+
+
+def version(model: torch.nn.Module) -> int:
+    """A number that is another one after every change of its weights, in place or by others.
+
+    Autograd counts changes in place, but not those of tensors made in inference mode.
+    """
+    return hash(tuple((id(p), 0 if p.is_inference() else p._version) for p in model.parameters()))

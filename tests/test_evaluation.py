@@ -391,6 +391,15 @@ def test_preprocessing_that_compares_rows_sees_whole_batches(tmp_path: Path) -> 
     assert_same(whole, split, rows)
 
 
+@pytest.mark.parametrize("picked_from", [lambda logits: logits.mean(1), lambda logits: logits.amax(1) - logits.mean()])
+def test_preprocessing_over_columns_sees_no_columns_that_stock_has_not(picked_from: Any, tmp_path: Path) -> None:
+    """What stock would have to preprocess must not be filled up with -100: neither in a batch nor in a micro-batch."""
+    model, rows = build(GPT2LMHeadModel, gpt2_config()), rows_of(masked_prefix)
+    whole, split, _ = both(model, rows, tmp_path, preprocess_logits_for_metrics=lambda logits, _: picked_from(logits))
+    assert whole.predictions.shape == (NUM_ROWS, VOCABULARY)
+    np.testing.assert_allclose(split.predictions, whole.predictions, rtol=1e-6, atol=1e-9)
+
+
 # Losses
 
 
@@ -442,6 +451,50 @@ def test_weighted_losses_are_split_if_their_items_are_counted(tmp_path: Path) ->
     split = trainer_of(CountsWeights, model, tmp_path, compute_loss_func=weighted).predict(rows)
     assert len(shapes.shapes) > 10
     assert_same(whole, unsplit, rows)
+    assert_same(whole, split, rows)
+
+
+@pytest.mark.parametrize("first", [[0] * BATCH, [0, 0, 1] * BATCH], ids=["one class", "two classes"])
+def test_weighted_losses_are_found_where_labels_differ(first: list[int], tmp_path: Path) -> None:
+    """The weights of one class, or of two that weigh the same, cancel; a later batch shows them."""
+    weights = torch.tensor([1.0, 1.0, 20.0], dtype=torch.float64)
+
+    def loss_of(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, weight=weights)
+
+    model = build(BertForSequenceClassification, bert_config(num_labels=3))
+    rows = rows_of(lambda i, _: first[i] if i < BATCH else i % 3, 2 * BATCH)
+    whole = trainer_of(Trainer, model, tmp_path, compute_loss_func=loss_of).predict(rows)
+    with pytest.warns(UserWarning, match="override num_items if it has weights"):
+        split = trainer_of(MBPTrainer, model, tmp_path, compute_loss_func=loss_of).predict(rows)
+    assert_same(whole, split, rows)
+
+
+def test_labels_are_tried_so_that_few_rows_of_another_weight_show(tmp_path: Path) -> None:
+    """The two shortest rows have the same label, and so have most."""
+    rows = sorted(rows_of(None, BATCH), key=lambda row: len(row["input_ids"]))
+    rows = with_labels(rows, lambda i, _: 2 if i == 20 else 0)
+    model = build(BertForSequenceClassification, bert_config(num_labels=3))
+    whole = trainer_of(Trainer, model, tmp_path, compute_loss_func=weighted).predict(rows)
+    with pytest.warns(UserWarning, match="override num_items if it has weights"):
+        split = trainer_of(MBPTrainer, model, tmp_path, compute_loss_func=weighted).predict(rows)
+    assert_same(whole, split, rows)
+
+
+def test_a_first_batch_without_items_leaves_the_loss_to_the_next(tmp_path: Path) -> None:
+    class SumOfTokens(BertForTokenClassification):
+        def forward(self, labels: Any = None, **kwargs: Any) -> Any:
+            output = super().forward(labels=labels, **kwargs)
+            output.loss = torch.nn.functional.cross_entropy(
+                output.logits.flatten(0, 1), labels.flatten(), reduction="sum"
+            )
+            return output
+
+    rows = rows_of(lambda i, row: [-100] * len(row["input_ids"]) if i < BATCH else token_classes(i, row))
+    model = build(SumOfTokens, bert_config(num_labels=5))
+    whole = trainer_of(Trainer, model, tmp_path).predict(rows)
+    with pytest.warns(UserWarning, match="Evaluation batches run whole"):
+        split = trainer_of(MBPTrainer, model, tmp_path).predict(rows)
     assert_same(whole, split, rows)
 
 
@@ -500,6 +553,22 @@ def test_models_that_see_padding_keep_the_width(tmp_path: Path) -> None:
     assert_same(whole, split, CLASSIFIED)
     widths = [width for _, width in shapes.shapes]
     assert set(widths[-5:]) == {longest(CLASSIFIED[BATCH:])}
+
+
+def test_padding_is_cut_only_once_it_was_tried(tmp_path: Path) -> None:
+    """Rows of one length have none; those of the next batch do."""
+    rows = with_labels(token_rows(BATCH, low=12, high=12) + token_rows(BATCH), lambda i, _: i % 3)
+    model = build(SeesPadding, bert_config(num_labels=3))
+    whole, split, shapes = both(model, rows, tmp_path)
+    assert_same(whole, split, rows)
+    assert {width for _, width in shapes.shapes[-5:]} == {longest(rows[BATCH:])}
+
+
+def test_padding_is_cut_after_a_batch_without_any(tmp_path: Path) -> None:
+    rows = with_labels(token_rows(BATCH, low=12, high=12) + token_rows(BATCH), lambda i, _: i % 3)
+    whole, split, shapes = both(build(BertForSequenceClassification, bert_config(num_labels=3)), rows, tmp_path)
+    assert_same(whole, split, rows)
+    assert len({width for _, width in shapes.shapes[-5:]}) > 1
 
 
 def test_models_that_compare_rows_run_whole_batches(tmp_path: Path) -> None:
@@ -620,6 +689,18 @@ def test_generation_without_labels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(split.predictions, whole.predictions)
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default `max_length`:UserWarning")
+@pytest.mark.parametrize("budget", [BUDGET, None])
+def test_generation_to_the_default_length(budget: int | None, tmp_path: Path) -> None:
+    """Stock's first batch may be a token longer: its step writes the default into the configuration afterwards."""
+    predicted = []
+    for kind in (Seq2SeqTrainer, MBPSeq2SeqTrainer):
+        model = build(T5ForConditionalGeneration, t5_config(eos_token_id=37))
+        options = {"predict_with_generate": True, "max_tokens_per_micro_batch": budget, "memory_limit": None}
+        predicted.append(trainer_of(kind, model, tmp_path, **options).predict(rows_of(targets)))
+    assert_same_labels(predicted[0].predictions, predicted[1].predictions)
+
+
 # Memory
 
 
@@ -633,7 +714,8 @@ def test_less_memory_makes_smaller_micro_batches(tagger: Any, tmp_path: Path, mo
     whole = trainer_of(Trainer, tagger, tmp_path).predict(TAGGED)
     most = []
     for room in (10**9, 2 * 10**5):
-        monkeypatch.setattr(memory, "room_for_activations", lambda *_, room=room: room)
+        found = memory.Room(allowed_bytes=room, resting_bytes=0)
+        monkeypatch.setattr(memory, "room_for_training", lambda *_, found=found: found)
         shapes = Shapes(tagger)
         split = trainer_of(MBPTrainer, tagger, tmp_path, max_tokens_per_micro_batch=None).predict(TAGGED)
         assert_same(whole, split, TAGGED)
@@ -644,8 +726,8 @@ def test_less_memory_makes_smaller_micro_batches(tagger: Any, tmp_path: Path, mo
 def test_the_budget_of_training_holds_for_the_evaluation_in_it(tagger: Any, tmp_path: Path) -> None:
     trainer = mbp_trainer(tagger, TAGGED[:16], tmp_path, memory_limit="100TB", max_tokens_per_micro_batch=None)
     trainer.train()
-    budget = trainer.mbp_feed.budget.settled
-    trainer.mbp_feed.budget._budget = replace(budget, max_tokens=BUDGET)
+    profile = trainer.mbp_feed.budget._profile
+    trainer.mbp_feed.budget._profile = replace(profile, budget=replace(profile.budget, max_tokens=BUDGET))
     shapes = Shapes(tagger)
     trainer.evaluate(TAGGED)
     assert max(rows * width for rows, width in shapes.shapes) <= BUDGET
@@ -688,6 +770,32 @@ def test_another_error_is_no_lack_of_memory(tagger: Any, tmp_path: Path) -> None
     with pytest.raises(RuntimeError, match="a bug"):
         trainer_of(MBPTrainer, tagger, tmp_path).predict(TAGGED)
     assert len(calls) == 6
+
+
+def test_what_was_found_out_is_kept_while_the_weights_are(tagger: Any, tmp_path: Path) -> None:
+    trainer, shapes, counts = trainer_of(MBPTrainer, tagger, tmp_path), Shapes(tagger), []
+    trainer.predict(TAGGED)
+    for changes_weights in (False, True, False):
+        if changes_weights:
+            torch.nn.init.zeros_(tagger.classifier.bias)
+        before = len(shapes.shapes)
+        trainer.predict(TAGGED)
+        counts.append(len(shapes.shapes) - before)
+    assert counts[1] == counts[0] + 6 == counts[2] + 6, "forward passes of the trial, again with other weights"
+    trainer.data_collator = PadToTheEnd()
+    whole = trainer_of(Trainer, tagger, tmp_path, data_collator=PadToTheEnd()).predict(TAGGED)
+    before = len(shapes.shapes)
+    assert_same(whole, trainer.predict(TAGGED), TAGGED)
+    assert len(shapes.shapes) - before >= counts[1]
+
+
+def test_preprocessing_is_left_to_stock_in_every_evaluation(tmp_path: Path) -> None:
+    model, rows = build(BertForSequenceClassification, bert_config(num_labels=3)), rows_of(lambda i, _: i % 3)
+    options = {"preprocess_logits_for_metrics": lambda logits, _: logits - logits.mean(dim=0)}
+    whole = trainer_of(Trainer, model, tmp_path, **options).predict(rows)
+    trainer = trainer_of(MBPTrainer, model, tmp_path, **options)
+    for _ in range(2):
+        assert_same(whole, trainer.predict(rows), rows)
 
 
 def test_the_trainer_is_left_as_it_was(tagger: Any, tmp_path: Path) -> None:
