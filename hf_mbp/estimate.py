@@ -266,8 +266,8 @@ def _forward_and_backward(twin: Any, inputs: Inputs, dtype: torch.dtype | None) 
         loss = _loss_in(twin(**inputs))
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise ValueError(
-            f"{type(twin).__name__} gives no loss for the inputs {', '.join(inputs)}. Have inputs= make its labels, too, "
-            'and the model return the loss, as outputs["loss"] or as the first of a tuple.'
+            f"{type(twin).__name__} gives no loss for the inputs {', '.join(inputs)}. Have inputs= make its labels, "
+            'too, and the model return the loss, as outputs["loss"] or as the first of a tuple.'
         )
     backward(loss)
 
