@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from hf_mbp.memory import Room, format_bytes
-from hf_mbp.profile import Failure, Profile
+from hf_mbp.profile import Ceiling, Failure, Profile
 
 AIM = 0.93
 """Share of what is allowed that a corrected budget leads to: above the 85 % below which memory lies idle, and as far
@@ -26,7 +26,8 @@ GROW_PAUSE = 8
 
 BELOW_FAILURE = 0.9
 FAILURE_HOLDS = 500
-"""After memory ran out the budget stays below this share of what failed, for so many optimizer steps."""
+"""After memory ran out the budget stays below this share of what failed, for so many optimizer steps. For as many it
+stays where a full micro-batch took what may be taken: most steps may take less than the worst of them."""
 
 LOOK_EVERY, LOOK_AFTER_CHANGE = 8, 3
 """Several ranks compare what they measured every so many steps, and for so many after a change: each time a gather."""
@@ -80,8 +81,13 @@ def corrected(room: Room, reading: Reading, aim: float = AIM) -> float:
 
 
 def adapted(profile: Profile, step: int, agreed: float, reading: Reading) -> Profile:
-    """The profile with the cap that ranks have agreed on, or with as much of a step up to it as is due."""
+    """The profile with the cap that ranks have agreed on, or with as much of a step up to it as is due.
+
+    Only what they have agreed on, and not the reading of one, decides: their profiles stay alike.
+    """
     cap = profile.cap
+    if agreed <= cap and profile.room is not None:
+        profile = replace(profile, ceiling=Ceiling(step=step, size=agreed))
     if agreed < cap:
         return profile.with_cap(agreed, step, _why(reading, "which is close to", profile.room))
     if agreed == inf or step - profile.changed_at < GROW_PAUSE:
@@ -101,11 +107,9 @@ def _one_step_up(profile: Profile) -> float:
 
 
 def _ceiling(profile: Profile, step: int) -> float:
-    """Where the budget stays below for now, because memory ran out."""
-    failure = profile.failure
-    if failure is None or step - failure.step >= FAILURE_HOLDS:
-        return inf
-    return BELOW_FAILURE * failure.size
+    """Where the budget stays below for now, because memory ran out, or almost did."""
+    known = [(profile.failure, BELOW_FAILURE), (profile.ceiling, 1.0)]
+    return min([share * at.size for at, share in known if at and step - at.step < FAILURE_HOLDS], default=inf)
 
 
 def _why(reading: Reading, relation: str, room: Room | None) -> str:

@@ -5,6 +5,7 @@ counted. So the peak is that of the operators which really run, and not of a for
 (flash attention, 8-bit optimizers, FSDP) is added by formula, and the estimate says so.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -126,7 +127,10 @@ def estimate_memory(
     _check(rows, width, fsdp_ranks, bf16=bf16, fp16=fp16)
     dtype = torch.bfloat16 if bf16 else torch.float16 if fp16 else None
     device = _device(model, device)
-    made_inputs = inputs(rows, width) if inputs else default_inputs(model, rows, width, target_width or width)
+    target_width = target_width or width
+    if inputs is None:
+        _check_positions(model, max(width, target_width))
+    made_inputs = inputs(rows, width) if inputs else default_inputs(model, rows, width, target_width)
     with fake_tensors():
         twin = fake_twin(model).train()
         by_formula = _set_attention(twin, attn_implementation)
@@ -141,10 +145,24 @@ def estimate_memory(
 
 def _check(rows: int, width: int, fsdp_ranks: int, *, bf16: bool, fp16: bool) -> None:
     for name, value in {"rows": rows, "width": width, "fsdp_ranks": fsdp_ranks}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} is not a number of {name}. Write 1 or more.")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} is not a number of {name}. Write 1 or more, without a fraction.")
     if bf16 and fp16:
         raise ValueError("bf16=True and fp16=True exclude each other. Leave one out.")
+
+
+def _check_positions(model: nn.Module, width: int) -> None:
+    """Fake tensors have no values, so that a position beyond the table of positions is not an error by itself."""
+    if getattr(model, "main_input_name", None) == "pixel_values":
+        return
+    for name, module in model.named_modules():
+        is_table = isinstance(module, nn.Embedding) and re.search(r"(position[^.]*|wpe)$", name) is not None
+        places = int(module.num_embeddings) - (1 + module.padding_idx if module.padding_idx else 0) if is_table else 0
+        if 0 < places < width:
+            raise ValueError(
+                f"width={width}: the model has positions for {places} tokens only ({name}). Write a smaller width, or "
+                "make the model with more (max_position_embeddings in most configurations)."
+            )
 
 
 def _device(model: nn.Module, device: str | None) -> str:
@@ -157,7 +175,13 @@ def _device(model: nn.Module, device: str | None) -> str:
 
 def _enable_checkpointing(twin: Any) -> None:
     """By the method's name since transformers 5.24, or by the one before."""
-    enable = getattr(twin, "activation_checkpointing_enable", None) or twin.gradient_checkpointing_enable
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next((getattr(twin, name) for name in names if hasattr(twin, name)), None)
+    if enable is None:
+        raise ValueError(
+            f"gradient_checkpointing=True: {type(twin).__name__} has no method for it ({names[1]}). Leave it out, or "
+            "checkpoint inside the model's own forward pass."
+        )
     enable()
 
 
@@ -165,6 +189,11 @@ def _set_attention(twin: Any, implementation: str | None) -> tuple[str, ...]:
     """Chooses the attention of the twin; what that leaves to a formula."""
     chosen = implementation or getattr(getattr(twin, "config", None), "_attn_implementation", None)
     is_flash = "flash" in str(chosen)
+    if implementation and not hasattr(twin, "set_attn_implementation"):
+        raise ValueError(
+            f"attn_implementation={implementation!r}: {type(twin).__name__} is no model of transformers, "
+            "whose attention could be chosen. Leave it out."
+        )
     if implementation or is_flash:
         twin.set_attn_implementation("sdpa" if is_flash else implementation)
     if not is_flash:
@@ -234,8 +263,20 @@ def _count(
 
 def _forward_and_backward(twin: Any, inputs: Inputs, dtype: torch.dtype | None) -> None:
     with torch.autocast("cpu", dtype=dtype) if dtype else nullcontext():
-        loss = twin(**inputs).loss
+        loss = _loss_in(twin(**inputs))
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise ValueError(
+            f"{type(twin).__name__} gives no loss for the inputs {', '.join(inputs)}. Have inputs= make its labels, "
+            'too, and the model return the loss, as outputs["loss"] or as the first of a tuple.'
+        )
     backward(loss)
+
+
+def _loss_in(outputs: Any) -> Any:
+    """The loss where `Trainer` takes it from; `None` if there is none."""
+    if isinstance(outputs, Mapping):
+        return outputs.get("loss")
+    return outputs[0] if isinstance(outputs, (tuple, list)) else getattr(outputs, "loss", None)
 
 
 def _with_8_bit_states(estimate: MemoryEstimate, twin: nn.Module) -> MemoryEstimate:

@@ -26,7 +26,8 @@ def fit_budget(measured: Sequence[Measured], max_bytes: float) -> Budget:
 
     The bytes of a shape are taken as `rows x (a x width + b x width^2)`, with what fits best in relative terms and has
     no negative part, and as at least those of the smallest of three shapes or more; then raised until no measured shape
-    is predicted too small, and by `SAFETY`.
+    is predicted too small, and by `SAFETY`. Shapes of one width do not tell cells from pairs: all is then taken to grow
+    with cells, which is enough for narrower rows, but too little for much wider ones.
 
     A constant is no part of the sum on purpose. The peak of a pass is that of one of its moments, and the moments of a
     small micro-batch, when it makes the gradient of an embedding, are others than those of a large one, when it has all
@@ -62,12 +63,17 @@ def _fitted(measured: Sequence[Measured]) -> Budget:
     shapes = np.array([(rows * width, rows * width**2) for rows, width, _ in growing], dtype=np.float64)
     sizes = np.array([max(1, size) for *_, size in growing], dtype=np.float64)
     best, least = np.zeros(2), np.inf
-    for terms in TERMS:
+    for terms in TERMS if _widths_differ(growing) else TERMS[1:2]:
         solution = _solution(shapes / sizes[:, None], list(terms))
         error = float(np.abs(shapes @ solution / sizes - 1).max())
         if (solution >= 0).all() and error < least - TOLERANCE:
             best, least = solution, error
     return Budget(bytes_fixed=float(floor), bytes_per_cell=float(best[0]), bytes_per_pair=float(best[1]))
+
+
+def _widths_differ(measured: Sequence[Measured]) -> bool:
+    widths = [width for _, width, _ in measured]
+    return max(widths) > (1 + TOLERANCE) * min(widths)
 
 
 def _solution(relative: Floats, terms: list[int]) -> Floats:

@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def parse_memory_limit(value: float | str | None) -> float | int | None:
         has_unit = not match[0].strip()[-1].isdigit()
         if 0 < number <= 1 and not has_unit:
             return number
-        if size >= (1 if has_unit else SMALLEST_LIMIT):
+        if (1 if has_unit else SMALLEST_LIMIT) <= size < inf:
             return int(size)
     raise ValueError(
         f"memory_limit={value!r} is neither a size nor a fraction of the device's memory. Write for example "
@@ -115,22 +116,51 @@ def _own_limits() -> list[tuple[int, int]]:
     return [(address_space, int(psutil.Process().memory_info().vms))]
 
 
+_GROUPS = Path("/proc/self/cgroup")
+_GROUP_ROOT = Path("/sys/fs/cgroup")
+_GROUP_FILES = {
+    "": ("memory.max", "memory.current"),  # version 2, where one tree has all controllers
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+"""By the controller that `/proc/self/cgroup` names: what a control group may use, and what it uses."""
+
+
 def _group_limits() -> list[tuple[int, int]]:
-    """(limit, used) in bytes of the control group, which the processes on a machine usually share."""
+    """(limit, used) in bytes of each control group that this process is in, which the processes on a machine usually
+    share. What cannot be read is no limit."""
     limits: list[tuple[int, int]] = []
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        if Path(limit).is_file() and (text := Path(limit).read_text().strip()) != "max":
-            limits.append((int(text), int(Path(used).read_text()) - _reclaimable(Path(used).parent / "memory.stat")))
+    for controller, (limit_file, used_file) in _GROUP_FILES.items():
+        for folder in _group_folders(controller):
+            limit, used = _number_in(folder / limit_file), _number_in(folder / used_file)
+            if limit is not None and used is not None:
+                limits.append((limit, used - _reclaimable(folder / "memory.stat")))
     return limits
+
+
+def _group_folders(controller: str) -> list[Path]:
+    """From the group of this process up to the root, which is all that some containers show."""
+    root = _GROUP_ROOT / controller
+    own = re.findall(rf"^\d+:(?:[^:\n]*,)?{controller}(?:,[^:\n]*)?:/(.*)$", _text_of(_GROUPS), re.MULTILINE)
+    folders = [root / path for path in own if ".." not in Path(path).parts]  # ".." is outside of what is mounted here
+    return [root, *(at for folder in folders for at in (folder, *folder.parents) if root in at.parents)]
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _number_in(path: Path) -> int | None:
+    """The number that is all of a file; `None` where it has "max", or cannot be read."""
+    text = _text_of(path).strip()
+    return int(text) if text.isdecimal() else None
 
 
 def _reclaimable(statistics: Path) -> int:
     """Bytes of files that were read and may be forgotten; a control group counts them as used."""
-    lines = statistics.read_text().splitlines() if statistics.is_file() else []
-    values = dict(line.split() for line in lines)
+    values: dict[str, str] = dict(re.findall(r"^(\w+) (\d+)$", _text_of(statistics), re.MULTILINE))
     return int(values.get("total_inactive_file", values.get("inactive_file", 0)))
 
 

@@ -11,6 +11,9 @@ from hf_mbp import wrapped
 from hf_mbp.memory import Room, format_bytes
 from hf_mbp.plan import Budget
 
+MOST_EVENTS = 100
+"""Of the last changes; a run of weeks may have many more, and each checkpoint has them."""
+
 VERSION = 1
 """Of the JSON. A profile of a later version is not read; one of an earlier version is, or is refused here."""
 
@@ -45,12 +48,21 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ceiling:
+    """Last after `step` optimizer steps a full micro-batch took what may be taken, under a cap of `size`."""
+
+    step: int
+    size: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Profile:
     """The budget of a run, and what is known about it.
 
     `key` says for which model, device and libraries it holds, `options` what was asked for, `room` what the device has,
     `held_out_error` how well a measured shape was predicted from the others. Single rows from `checkpoint_from` tokens
-    on run with activation checkpointing. `settled_at` is the number of steps before the budget was found.
+    on run with activation checkpointing. `settled_at` is the number of steps before the budget was found. `events` are
+    the last ones of `num_events`.
     """
 
     key: dict[str, str]
@@ -60,8 +72,10 @@ class Profile:
     held_out_error: float | None = None
     checkpoint_from: int | None = None
     failure: Failure | None = None
+    ceiling: Ceiling | None = None
     settled_at: int = 0
     events: tuple[Event, ...] = ()
+    num_events: int = 0
 
     @property
     def knob(self) -> str:
@@ -91,14 +105,15 @@ class Profile:
         return float(rows * width if self.knob == "max_tokens" else self.budget.bytes(rows, width))
 
     def with_cap(self, cap: float, step: int, why: str) -> "Profile":
-        """With another cap, and the event of it; at least 1."""
+        """With another cap, at least 1, and the event of it; as it is, if the cap is the same."""
         if self.knob == "max_tokens":
             budget = replace(self.budget, max_tokens=max(1, int(cap)))
         else:
             budget = replace(self.budget, max_bytes=max(1.0, cap))
         changed = replace(self, budget=budget)
-        event = Event(step=step, what=self.knob, before=self.cap, after=changed.cap, why=why)
-        return replace(changed, events=(*self.events, event))
+        if changed.cap == self.cap:
+            return self
+        return changed._noted(Event(step=step, what=self.knob, before=self.cap, after=changed.cap, why=why))
 
     def with_checkpointing(self, width: int, step: int) -> "Profile":
         """With activation checkpointing for single rows of this width and more."""
@@ -109,7 +124,10 @@ class Profile:
             after=width,
             why=f"out of memory at one row of width {width:,}",
         )
-        return replace(self, checkpoint_from=width, events=(*self.events, event))
+        return replace(self, checkpoint_from=width)._noted(event)
+
+    def _noted(self, event: Event) -> "Profile":
+        return replace(self, events=(*self.events, event)[-MOST_EVENTS:], num_events=self.num_events + 1)
 
     def to_json(self) -> dict[str, Any]:
         """As it goes into a checkpoint."""
@@ -132,9 +150,11 @@ class Profile:
         fields["budget"] = Budget(**kept["budget"])
         fields["room"] = Room(**kept["room"]) if kept["room"] else None
         fields["failure"] = Failure(**kept["failure"]) if kept["failure"] else None
+        fields["ceiling"] = Ceiling(**kept["ceiling"]) if kept.get("ceiling") else None
         fields["events"] = tuple(
             Event(step=e["step"], what=e["what"], before=e["from"], after=e["to"], why=e["why"]) for e in kept["events"]
         )
+        fields.setdefault("num_events", len(fields["events"]))
         return cls(**fields)
 
 

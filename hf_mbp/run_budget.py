@@ -195,8 +195,6 @@ class RunBudget:
         step = self._trainer.state.global_step
         if rows > 1:
             self._set(control.after_failure(profile, rows, width, step))
-        else:
-            self._set(profile.with_cap(profile.cap, step, f"out of memory at one row of width {width:,}"))
 
     def checkpoint_from(self, width: int) -> None:
         """Single rows of this width and more run with activation checkpointing from now on."""
@@ -237,9 +235,11 @@ class RunBudget:
         if profile.room is not None:
             agreed = self._ranks.lowest(agreed)
         adapted = control.adapted(profile, step, agreed, reading)
-        if adapted is not profile:
+        if adapted.num_events > profile.num_events:
             self.gauge.release()
             self._change(adapted)
+        elif adapted is not profile:
+            self._set(adapted)
 
     def has_room_for(self, size: int) -> bool:
         """Whether so many bytes fit beside what training holds when no micro-batch runs; as far as that is known."""

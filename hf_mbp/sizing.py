@@ -20,7 +20,8 @@ PROBE_CELLS, PROBE_ROWS = 512, (2, 8)
 rows, though, of images or sounds, which no one counts in cells, and not one, which batch normalisation refuses."""
 
 NARROW, WIDE = 32, 512
-"""Widths at which memory is measured, if rows are that long: far enough apart to tell what grows with their square."""
+"""Widths at which memory is measured, if rows are that long: far enough apart to tell what grows with their square. Of
+shorter rows it is measured at their whole width and at half of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +130,15 @@ def probe_shapes(longest: int, *, is_cut: bool) -> tuple[list[tuple[int, int]], 
         (([(2, 32), (16, 32), (2, 512)], (4, 128)), ([(2, 1), (8, 1)], (5, 1)))
     """
     fewest, most = PROBE_ROWS
-    narrow, wide = (min(longest, NARROW), min(longest, WIDE)) if is_cut else (longest, longest)
-    many = min(2 * most if is_cut else most, max(2 * fewest, -(-PROBE_CELLS // narrow)))
-    if narrow == wide:
-        return [(fewest, narrow), (many, narrow)], ((fewest + many) // 2, narrow)
-    return [(fewest, narrow), (many, narrow), (fewest, wide)], (2 * fewest, round((narrow * wide) ** 0.5))
+    most = 2 * most if is_cut else most
+    if not is_cut or longest == 1:
+        many = min(most, max(2 * fewest, -(-PROBE_CELLS // longest)))
+        return [(fewest, longest), (many, longest)], ((fewest + many) // 2, longest)
+    wide = min(longest, WIDE)
+    narrow = min(NARROW, wide // 2)
+    between = round((narrow * wide) ** 0.5)
+    held_out = min((fewest + most) // 2, max(2 * fewest, PROBE_CELLS // between)), between
+    return [(fewest, narrow), (most, narrow), (min(most, max(fewest, PROBE_CELLS // wide)), wide)], held_out
 
 
 def _room(trainer: Any) -> memory.Room:

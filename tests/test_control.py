@@ -10,7 +10,7 @@ from hf_mbp import control
 from hf_mbp.control import Reading, adapted, after_failure, wanted
 from hf_mbp.memory import Room
 from hf_mbp.plan import Budget
-from hf_mbp.profile import Profile
+from hf_mbp.profile import MOST_EVENTS, Profile
 
 ROOM = Room(allowed_bytes=1_000_000, resting_bytes=200_000)
 
@@ -50,6 +50,57 @@ def test_steps_of_a_device_that_takes_its_share_more_come_to_rest_below_the_limi
         assert len(now.events) < 12
 
 
+def test_one_large_step_in_fifty_is_remembered() -> None:
+    """Most steps take much less than what is predicted, but the budget has to be right for the others, too."""
+    now, beyond = profile(), []
+    for step in range(1, 3001):
+        peak = 200_000 + (1.0 if step % 50 == 0 else 0.7) * now.cap
+        beyond += [step] * (peak > 1_000_000)
+        now = adapted(now, step, wanted(now, reading(peak, now.cap)), reading(peak, now.cap))
+    assert beyond == [50]
+    assert now.cap + 200_000 == pytest.approx(control.AIM * 1_000_000)
+    assert now.num_events == len(now.events) < 10
+
+
+def test_a_limit_that_was_met_is_tried_again_after_a_while() -> None:
+    high = reading(990_000, 800_000)
+    now = adapted(profile(), 1, wanted(profile(), high), high)
+    lowered, caps = now.cap, []
+    for step in range(2, 600):
+        low = reading(200_000 + 0.5 * now.cap, now.cap)
+        now = adapted(now, step, wanted(now, low), low)
+        caps.append(now.cap)
+    assert set(caps[: control.FAILURE_HOLDS - 2]) == {lowered}
+    assert caps[-1] > 1.3 * lowered
+
+
+def test_what_one_rank_measured_alone_changes_no_profile() -> None:
+    """Ranks agree on a cap; their own readings differ, and their profiles must not."""
+    mine, others = reading(930_000, 800_000), reading(400_000, 800_000)
+    agreed = min(wanted(profile(), mine), wanted(profile(), others))
+    assert adapted(profile(), 16, agreed, mine) == adapted(profile(), 16, agreed, others)
+
+
+def test_the_last_events_are_kept_and_all_are_counted() -> None:
+    now = profile()
+    for step in range(250):
+        now = now.with_cap(1000.0 + step, step, "a test")
+    assert (len(now.events), now.num_events) == (MOST_EVENTS, 250)
+    assert now.events[-1].step == 249
+    assert Profile.from_json(json.loads(json.dumps(now.to_json()))) == now
+
+
+@pytest.mark.parametrize(("before", "cap"), [(profile(), 800_000.0), (capped(), 1000.4)])
+def test_no_change_is_no_event(before: Profile, cap: float) -> None:
+    assert before.with_cap(cap, 3, "a test") is before
+
+
+def test_profiles_of_before_there_was_a_ceiling_are_read() -> None:
+    kept = profile().with_cap(7000.0, 2, "a test").to_json()
+    del kept["ceiling"], kept["num_events"]
+    assert Profile.from_json(kept) == profile().with_cap(7000.0, 2, "a test")
+
+
 def test_growing_is_slow() -> None:
     low = reading(300_000, 800_000)
     assert adapted(profile(), 5, wanted(profile(), low), low).cap == 800_000
@@ -85,6 +136,9 @@ def test_what_failed_no_longer_fits_and_stays_out_for_long(before: Profile) -> N
 
 def test_profiles_go_through_json() -> None:
     kept = after_failure(profile(), 10, 60, step=3).with_checkpointing(512, 4)
+    full = reading(930_000, kept.cap)
+    kept = adapted(kept, 5, wanted(kept, full), full)
+    assert kept.ceiling is not None
     text = json.dumps(kept.to_json())
     assert Profile.from_json(json.loads(text)) == kept
     assert json.loads(text)["events"][0]["from"] == 800_000

@@ -347,3 +347,68 @@ def test_operators_that_depend_on_values_are_told() -> None:
     model.set_experts_implementation("eager")
     with pytest.raises(ValueError, match='set_experts_implementation\\("grouped_mm"\\)'):
         estimate_memory(model, 2, 8)
+
+
+class Custom(nn.Module):
+    """A model that knows nothing of transformers, and returns its loss as it is told to."""
+
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.linear, self.wrap = nn.Linear(8, 3), wrap
+
+    def forward(self, values: torch.Tensor) -> Any:
+        return self.wrap(self.linear(values).sum())
+
+
+def wide(rows: int, width: int) -> dict[str, torch.Tensor]:
+    return {"values": torch.zeros(rows, width, 8)}
+
+
+@pytest.mark.parametrize("wrap", [lambda loss: {"loss": loss, "logits": 0}, lambda loss: (loss, 0)])
+def test_the_loss_is_taken_as_trainer_takes_it(wrap: Any) -> None:
+    expected = estimate_memory(Custom(lambda loss: SimpleNamespace(loss=loss)), 2, 16, inputs=wide)
+    assert estimate_memory(Custom(wrap), 2, 16, inputs=wide) == expected
+    assert expected.activation_bytes > 2 * 16 * 8 * 4
+
+
+@pytest.mark.parametrize("wrap", [lambda loss: {"logits": loss}, lambda loss: (loss[None].expand(2),), lambda _: None])
+def test_a_model_without_a_loss_is_told(wrap: Any) -> None:
+    with pytest.raises(ValueError, match=r"Custom gives no loss for the inputs values\. Have inputs= make its labels"):
+        estimate_memory(Custom(wrap), 2, 16, inputs=wide)
+
+
+@pytest.mark.parametrize(
+    "options", [{"gradient_checkpointing": True}, {"attn_implementation": "sdpa"}, {"attn_implementation": "eager"}]
+)
+def test_what_a_model_does_not_have_is_told(options: dict[str, Any]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}: Custom .* Leave it out"):
+        estimate_memory(Custom(lambda loss: (loss,)), 2, 16, inputs=wide, **options)
+
+
+def test_inputs_without_labels_are_told() -> None:
+    with pytest.raises(ValueError, match="BertForSequenceClassification gives no loss for the inputs input_ids"):
+        estimate_memory(
+            BertForSequenceClassification(bert_config()),
+            2,
+            8,
+            inputs=lambda rows, width: {"input_ids": torch.zeros(rows, width, dtype=torch.long)},
+        )
+
+
+@pytest.mark.parametrize(
+    "model", [lambda: BertForSequenceClassification(bert_config()), lambda: GPT2LMHeadModel(gpt2_config())]
+)
+def test_rows_longer_than_the_positions_are_refused(model: Any) -> None:
+    made = model()
+    places = made.config.max_position_embeddings
+    estimate_memory(made, 2, places)
+    with pytest.raises(ValueError, match=f"width={places + 1}: the model has positions for {places} tokens only"):
+        estimate_memory(made, 2, places + 1)
+    estimate_memory(llama(max_position_embeddings=16), 2, 17)  # positions that are computed have no end
+
+
+@pytest.mark.parametrize("rows", [2.5, "2", 1.0])
+def test_a_number_of_rows_is_whole(rows: Any) -> None:
+    with pytest.raises(ValueError, match=f"rows={rows!r} is not a number of rows. Write 1 or more"):
+        estimate_memory(llama(), rows, 8)

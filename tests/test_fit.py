@@ -54,6 +54,12 @@ def test_one_shape_is_enough_for_a_linear_budget() -> None:
     assert fit_budget([(4, 10, 4000)], max_bytes=12_000).tokens_at(10) == 100
 
 
+@pytest.mark.parametrize("width", [1000, 7.3])
+def test_shapes_of_one_width_do_not_make_narrower_rows_look_small(width: float) -> None:
+    budget = fit_budget([(2, width, 2000), (8, width, 8000)], max_bytes=10**9)
+    assert budget.bytes(100, width / 20) == pytest.approx(SAFETY * 5000)
+
+
 def test_bytes_that_grow_faster_than_the_square_still_give_a_budget() -> None:
     measured = [(1, 10, 10), (1, 100, 100_000)]
     budget = fit_budget(measured, max_bytes=10**9)
@@ -90,6 +96,16 @@ def test_held_out_shapes_of_a_real_model_stay_under_the_prediction(bytes_of: Cal
         assert 1 <= ratio < 2, (rows, width, ratio)
 
 
+@pytest.mark.parametrize("longest", [2, 12, 30, 33, 100])
+def test_short_rows_do_not_make_shorter_ones_look_small(bytes_of: Callable[[int, int], int], longest: int) -> None:
+    fitted, held_out = probe_shapes(longest, is_cut=True)
+    measured = [(rows, width, bytes_of(rows, width)) for rows, width in [*fitted, held_out]]
+    budget = fit_budget(measured, max_bytes=10**9)
+    for rows, width in [(512, 2), (200, 5), (100, 10), (60, 30)]:
+        if width <= longest:
+            assert budget.bytes(rows, width) > bytes_of(rows, width), (rows, width)
+
+
 @pytest.mark.parametrize("width", [24, 64, 150, 400])
 def test_largest_micro_batch_that_a_budget_allows_stays_under_its_bytes(
     bytes_of: Callable[[int, int], int], width: int
@@ -122,10 +138,11 @@ def test_a_held_out_shape_is_judged_by_the_others() -> None:
     assert held_out_error(measured, (4, 128, 2 * 4 * 128 * (1000 + 10 * 128))) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("longest", [1, 2, 31, 33, 600, 10_000])
+@pytest.mark.parametrize("longest", [1, 2, 3, 31, 33, 64, 65, 600, 10_000])
 @pytest.mark.parametrize("is_cut", [True, False])
 def test_shapes_that_are_measured_are_small_and_differ(longest: int, is_cut: bool) -> None:
     fitted, held_out = probe_shapes(longest, is_cut=is_cut)
     assert len({*fitted, held_out}) == len(fitted) + 1
     assert all(rows >= 2 and width <= longest for rows, width in [*fitted, held_out])
+    assert not is_cut or longest == 1 or fitted[-1][1] >= 2 * fitted[0][1]
     assert not is_cut or all(rows * width <= 1024 for rows, width in [*fitted, held_out])

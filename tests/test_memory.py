@@ -85,6 +85,8 @@ def test_sizes_and_fractions(value: Any, limit: Any) -> None:
         1.5,
         float("nan"),
         float("inf"),
+        "1e400GiB",
+        "1e400",
     ],
 )
 def test_what_is_no_limit_is_refused(value: Any) -> None:
@@ -260,13 +262,24 @@ def test_an_address_space_limit_bounds_what_is_free() -> None:
 
 
 @pytest.fixture
-def control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, str], None]:
-    def put(limit: str, used: str) -> None:
-        (tmp_path / "memory.max").write_text(f"{limit}\n")
-        (tmp_path / "memory.current").write_text(f"{used}\n")
+def control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Writes the files of the control group `at`, of version 2; `None` for a file that is not there."""
+    monkeypatch.setattr(memory, "_GROUP_ROOT", tmp_path)
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups of this process")
 
-    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / Path(path).name)
+    def put(limit: str, used: str | None, *, at: str = "", statistics: str | None = None) -> None:
+        folder = tmp_path / at
+        folder.mkdir(parents=True, exist_ok=True)
+        is_first_version = at.startswith("memory")
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if is_first_version else MEMORY_FILES
+        for name, text in zip((*names, "memory.stat"), (limit, used, statistics), strict=True):
+            if text is not None:
+                (folder / name).write_text(f"{text}\n")
+
     return put
+
+
+MEMORY_FILES = ("memory.max", "memory.current")
 
 
 @pytest.mark.parametrize(("limit", "used", "free"), [("1000000", "400000", 600_000), ("1000000", "1000001", 0)])
@@ -280,6 +293,57 @@ def test_a_control_group_without_a_limit_bounds_nothing(control_group: Any) -> N
     control_group("max", "400000")
     assert memory.free_memory(CPU) > 10**6
     assert memory.total_memory(CPU) > 10**6
+
+
+@pytest.mark.parametrize(
+    ("limit", "used"), [("1000000", None), ("", "400000"), ("1000000", "much"), ("-1", "0"), ("\xb2", "0")]
+)
+def test_what_cannot_be_read_of_a_control_group_is_no_limit(control_group: Any, limit: str, used: str | None) -> None:
+    control_group(limit, used)
+    assert memory._group_limits() == []
+
+
+def test_without_control_groups_there_is_no_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "_GROUP_ROOT", tmp_path / "none")
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "none")
+    assert memory._group_limits() == []
+
+
+@pytest.mark.parametrize(
+    ("statistics", "free"),
+    [
+        ("anon 7\n\ninactive_file 100000", 700_000),
+        ("inactive_file 1\ntotal_inactive_file 200000", 800_000),
+        ("inactive_file\nof three words\ninactive_file much", 600_000),
+    ],
+)
+def test_files_that_can_be_forgotten_are_free(control_group: Any, statistics: str, free: int) -> None:
+    control_group("1000000", "400000", statistics=statistics)
+    assert memory.free_memory(CPU) == free
+
+
+@pytest.mark.parametrize(
+    ("groups", "folders", "limits"),
+    [
+        ("0::/a/b", ["", "a", "a/b", "c"], {1, 2, 3}),
+        ("0::/a/b", ["", "a/b"], {1, 2}),
+        ("0::/", ["", "a"], {1}),
+        ("0::/../../a", ["", "a"], {1}),
+        ("0::/not/shown/here", ["", "a"], {1}),
+        ("12:cpu,cpuacct:/a\n4:memory:/b:c\n1:name=systemd:/a\n", ["memory", "memory/a", "memory/b:c"], {1, 3}),
+        ("3:hugetlb,memory:/a/b\n0::/c", ["memory", "memory/a", "memory/a/b", "c"], {1, 2, 3, 4}),
+        ("nonsense", ["", "a"], {1}),
+    ],
+)
+def test_all_groups_up_to_the_root_limit(
+    control_group: Any, tmp_path: Path, groups: str, folders: list[str], limits: set[int]
+) -> None:
+    """Folder number one has a limit of 1,000,001 bytes, and so on."""
+    (tmp_path / "groups of this process").write_text(groups)
+    for number, folder in enumerate(folders, start=1):
+        control_group(str(1_000_000 + number), str(number), at=folder)
+    assert sorted(memory._group_limits()) == [(1_000_000 + number, number) for number in sorted(limits)]
+    assert memory.total_memory(CPU) == 1_000_000 + min(limits)
 
 
 def test_memory_of_the_cpu_is_that_of_the_process() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertForMaskedLM, TrainerCallback
 
-from hf_mbp import memory, rehearsal
+from hf_mbp import control, memory, rehearsal
 from hf_mbp.gauge import Gauge
 from hf_mbp.rehearsal import known_lengths, longest_rows
 from tests.helpers import bert_config, build, masked_prefix, mbp_trainer, token_rows, with_labels
@@ -87,7 +87,10 @@ def changing(step: int) -> float:
     return 1.6 if 5 <= step < 9 else 0.6
 
 
-def test_a_resumed_run_changes_its_budget_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_changes_its_budget_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "FAILURE_HOLDS", 5)
     whole, caps = run(tmp_path, changing)
     said = capsys.readouterr().out
     resumed, later = run(tmp_path / "resumed", changing, resume_from=str(tmp_path / "checkpoint-6"))
@@ -115,8 +118,10 @@ def test_a_fault_shrinks_a_cap_that_was_given_and_never_beyond_it(tmp_path: Path
     budget = trainer.mbp_feed.budget
     budget.shrink(6, 30)
     assert budget.settle([], []).max_tokens == 90
+    events = len(budget._profile.events)
     budget.shrink(1, 300)
     assert budget.settle([], []).max_tokens == 90
+    assert len(budget._profile.events) == events
     assert not budget.is_checkpointed(1, 300)
     budget.checkpoint_from(300)
     budget.checkpoint_from(400)
