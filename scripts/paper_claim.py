@@ -150,8 +150,8 @@ CASES = (
         data_set_rows=128,
         steps=4,
         learning_rate=1e-4,
-        headroom=416 * MIB,
-        first_try=12,
+        headroom=336 * MIB,
+        first_try=8,
     ),
     Case(
         name="images",
