@@ -40,7 +40,7 @@ SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "ONEDNN_PRIMITIVE_CACHE_CAPACI
 """Environment of the run. The first has glibc give every freed tensor back to the system. The second has oneDNN forget
 kernels: it compiles one for every new shape and keeps 1,024 of them, each with address space of its own."""
 
-HEADROOM = 64 * MIB
+HEADROOM = 96 * MIB
 """One row of 512 tokens fits it, two do not."""
 
 PLAIN_STEPS = 300

@@ -150,8 +150,8 @@ CASES = (
         data_set_rows=128,
         steps=4,
         learning_rate=1e-4,
-        headroom=336 * MIB,
-        first_try=8,
+        headroom=384 * MIB,
+        first_try=24,
     ),
     Case(
         name="images",
@@ -162,7 +162,7 @@ CASES = (
         steps=6,
         learning_rate=1e-3,
         headroom=48 * MIB,
-        first_try=64,
+        first_try=80,
     ),
 )
 QUICK = Case(
@@ -174,7 +174,7 @@ QUICK = Case(
     steps=2,
     learning_rate=1e-3,
     headroom=48 * MIB,
-    first_try=64,
+    first_try=80,
     multiples=(2, 6),
 )
 

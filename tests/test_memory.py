@@ -244,7 +244,8 @@ def test_an_address_space_limit_bounds_what_is_free() -> None:
         unlimited = memory.free_memory(cpu)
         limit = psutil.Process().memory_info().vms + GIB
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        assert 0.9 * GIB < memory.free_memory(cpu) <= min(1.01 * GIB, unlimited), memory.free_memory(cpu)  # what the heap keeps
+        most = min(GIB + 2**24, unlimited)  # the heap has some free blocks
+        assert 0.9 * GIB < memory.free_memory(cpu) <= most, memory.free_memory(cpu)
         assert memory.total_memory(cpu) == min(limit, psutil.virtual_memory().total)
         kept = torch.ones(2**27)
         assert memory.free_memory(cpu) <= GIB // 2, memory.free_memory(cpu)
