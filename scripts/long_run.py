@@ -62,7 +62,7 @@ def pad(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
 
 
-MEASURED = ("peak_bytes", "resident_bytes", "micro_batches", "largest_cells")
+MEASURED = ("peak_bytes", "resident_bytes", "address_bytes", "micro_batches", "largest_cells")
 """Of every step."""
 
 
@@ -70,7 +70,7 @@ class Watch(TrainerCallback):
     """Notes resident memory and the largest micro-batch of every step."""
 
     def __init__(self) -> None:
-        self.base_bytes = 0
+        self.base_bytes = self.base_address_bytes = 0
         self.trainer: Any = None
         self.steps: list[dict[str, float]] = []
         self.cells: list[int] = []
@@ -80,11 +80,12 @@ class Watch(TrainerCallback):
         lines = Path("/proc/self/status").read_text().splitlines()
         peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
         Path("/proc/self/clear_refs").write_text("5")
-        used = psutil.Process().memory_info().rss
+        used = psutil.Process().memory_info()
         self.steps.append(
             {
                 "peak_bytes": peak - self.base_bytes,
-                "resident_bytes": used - self.base_bytes,
+                "resident_bytes": used.rss - self.base_bytes,
+                "address_bytes": used.vms - self.base_address_bytes,
                 "micro_batches": len(self.cells),
                 "largest_cells": max(self.cells),
             }
@@ -142,8 +143,9 @@ def train(trainer_class: type[Trainer], steps: int, folder: str) -> dict[str, An
     trainer.watch = watch
     trainer.model(**pad(trainer.train_dataset[:2])).loss.backward()  # code is read from disk at its first use
     trainer.model.zero_grad()
-    watch.base_bytes = psutil.Process().memory_info().rss
-    most = psutil.Process().memory_info().vms + HEADROOM
+    held = psutil.Process().memory_info()
+    watch.base_bytes, watch.base_address_bytes = held.rss, held.vms
+    most = held.vms + HEADROOM
     Path("/proc/self/clear_refs").write_text("5")
     resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
     started = time.perf_counter()
@@ -182,13 +184,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
     limit = result["headroom_bytes"] / MIB
     above.plot(steps, [b / MIB for b in result["peak_bytes"]], color=BLUE, linewidth=0.7, label="highest in the step")
     above.plot(steps, [b / MIB for b in result["resident_bytes"]], color=ORANGE, linewidth=1, label="after the step")
-    above.axhline(limit, color=RED, linestyle="--", linewidth=1.2, label=f"limit: {limit:,.0f} MiB")
+    above.plot(
+        steps, [b / MIB for b in result["address_bytes"]], color=GREY, linewidth=1, label="address space after it"
+    )
+    above.axhline(limit, color=RED, linestyle="--", linewidth=1.2, label=f"limit of address space: {limit:,.0f} MiB")
     above.set(
         title=f"{result['steps']:,} steps of {ROWS_A_STEP} rows of 4 to {LONGEST} tokens; {told(result['plain'])}",
         ylabel="MiB since the start",
-        ylim=(0, 1.25 * limit),
+        ylim=(0, 1.3 * limit),
     )
-    above.legend(frameon=False, ncols=3, loc="upper right")
+    above.legend(frameon=False, ncols=4, fontsize=8, loc="upper right")
     below.plot(steps, result["largest_cells"], color=BLUE, linewidth=0, marker=".", markersize=2)
     below.set(xlabel="optimizer step", ylabel="cells of the\nlargest micro-batch")
     for axes in (above, below):
