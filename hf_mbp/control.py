@@ -19,6 +19,10 @@ SHRINK_ABOVE, GROW_BELOW = 0.97, 0.88
 FILLED = 0.8
 """Share of the budget from which a micro-batch tells what a full one takes."""
 
+WIDEST_ROOM = 3
+"""A share left free is one of at most so many times the room for activations: beside a process, or weights, that take
+much, a tenth of all could be more than the whole room."""
+
 LEAST_SHRINK, MOST_SHRINK = 0.95, 0.5
 GROW_FACTOR = 1.1
 GROW_PAUSE = 8
@@ -65,19 +69,31 @@ def wanted(profile: Profile, reading: Reading) -> float:
         return max(cap, profile.most)  # nothing is measured: back to where it was
     if not reading.planned_bytes:
         return inf
-    if reading.peak_bytes > SHRINK_ABOVE * room.allowed_bytes:
+    if reading.peak_bytes > share_of(room, SHRINK_ABOVE):
         lower = min(corrected(room, reading), LEAST_SHRINK * cap)
         return max(lower, MOST_SHRINK * cap) if reading.num_rows > 1 else inf  # a row alone cannot be split
     if reading.planned_bytes < FILLED * cap:
         return inf
-    is_low = reading.peak_bytes < GROW_BELOW * room.allowed_bytes
+    is_low = reading.peak_bytes < share_of(room, GROW_BELOW)
     return max(cap, corrected(room, reading)) if is_low else cap
+
+
+def share_of(room: Room, share: float) -> float:
+    """Bytes that are this share of what is allowed; of a small room, those that leave it a like share.
+
+    Example:
+        >>> share_of(Room(allowed_bytes=1000, resting_bytes=400), 0.9)
+        900.0
+        >>> share_of(Room(allowed_bytes=1000, resting_bytes=900), 0.9)
+        970.0
+    """
+    return room.allowed_bytes - (1 - share) * min(room.allowed_bytes, WIDEST_ROOM * room.activation_bytes)
 
 
 def corrected(room: Room, reading: Reading, aim: float = AIM) -> float:
     """The predicted bytes that would take this share of what is allowed, by a micro-batch that took less or more."""
     taken = max(1.0, reading.peak_bytes - room.resting_bytes)
-    return (aim * room.allowed_bytes - room.resting_bytes) * reading.planned_bytes / taken
+    return (share_of(room, aim) - room.resting_bytes) * reading.planned_bytes / taken
 
 
 def adapted(profile: Profile, step: int, agreed: float, reading: Reading) -> Profile:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from hf_mbp.accumulation import half_precision
 from hf_mbp.optimizer_memory import state_bytes
+from hf_mbp.out_of_memory import unused_heap_bytes
 
 if sys.platform != "win32":
     import resource
@@ -113,7 +114,9 @@ def _own_limits() -> list[tuple[int, int]]:
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if address_space == resource.RLIM_INFINITY:
         return []
-    return [(address_space, int(psutil.Process().memory_info().vms))]
+    # freed blocks in the middle of the heap still count for the limit, and the next tensors go there
+    used = int(psutil.Process().memory_info().vms) - unused_heap_bytes()
+    return [(address_space, max(0, used))]
 
 
 _GROUPS = Path("/proc/self/cgroup")

@@ -12,11 +12,15 @@ import torch
 MESSAGES = (
     "can't allocate memory",  # torch's allocator of CPU memory
     "bad_alloc",  # C++ inside an operator
+    "could not create a primitive",  # oneDNN, when a kernel that it compiles finds no place
     "out of memory",  # drivers and other backends: "CUDA error: out of memory", "MPS backend out of memory"
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
 """Parts of the messages of those errors that have no type of their own."""
+
+NO_SUCH_KERNEL = "could not create a primitive descriptor"
+"""What oneDNN says when it has no kernel for these shapes: that is a bug."""
 
 LENGTH_OF_REASON = 200
 """Characters of an allocator's message that say what happened; what follows is advice of its own."""
@@ -32,7 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     is_plain = isinstance(error, RuntimeError) and not isinstance(error, torch.distributed.DistError)
-    return is_plain and any(message in str(error) for message in MESSAGES)
+    return is_plain and NO_SUCH_KERNEL not in str(error) and any(message in str(error) for message in MESSAGES)
 
 
 def reason_of(error: BaseException) -> str:
@@ -65,6 +69,27 @@ def trim_heap() -> None:
     """Hands the host memory that the C library keeps back to the system; does nothing where it is not glibc."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
+
+
+class _HeapCounts(ctypes.Structure):
+    """`struct mallinfo2` of glibc."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def unused_heap_bytes() -> int:
+    """Bytes of address space that the C library keeps and could hand out again; 0 where it does not tell."""
+    libc = _glibc()
+    if libc is None or not hasattr(libc, "mallinfo2"):  # from glibc 2.33 on
+        return 0
+    libc.mallinfo2.restype = _HeapCounts
+    return int(libc.mallinfo2().fordblks)
 
 
 @cache

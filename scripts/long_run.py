@@ -1,10 +1,11 @@
 """Trains 2,000 steps of rows with heavy-tailed lengths under a tight limit, and draws what memory did.
 
-    python scripts/long_run.py                  # writes docs/long_run.png and docs/long_run.json
+    python scripts/long_run.py                  # about 5 minutes; writes docs/long_run.png and docs/long_run.json
     python scripts/long_run.py --steps 200 --output /tmp/long_run
 
 A tiny BERT, rows of lognormal lengths from 4 to 512 tokens. The limit is RLIMIT_AS: so many bytes more than the process
-holds when model and data are there, and the allocator refuses the next one. No budget is named.
+holds when model and data are there, and the allocator refuses the next one. No budget is named. The plain Trainer gets
+the same batches under the same limit, in a process of its own, and is to fail.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +26,7 @@ import psutil
 import torch
 import transformers
 from matplotlib.figure import Figure
-from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_mbp import MBPTrainer
 
@@ -32,14 +34,17 @@ ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
 BLUE, ORANGE, GREY, RED = "#0072B2", "#E69F00", "#999999", "#D55E00"
 
-ROWS, ROWS_A_STEP, LONGEST, VOCABULARY = 4096, 16, 512, 500
+ROWS, ROWS_A_STEP, LONGEST, VOCABULARY = 4096, 8, 512, 500
 
 SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
 """Environment of the run. The first has glibc give every freed tensor back to the system. The second has oneDNN forget
 kernels: it compiles one for every new shape and keeps 1,024 of them, each with address space of its own."""
 
-HEADROOM = 128 * MIB
-"""A batch of 16 rows of 512 tokens does not fit it."""
+HEADROOM = 96 * MIB
+"""One row of 512 tokens fits it, two do not."""
+
+PLAIN_STEPS = 300
+"""Steps that the plain Trainer may try; a batch that is too large for it comes much sooner."""
 
 
 def make_rows() -> list[dict[str, Any]]:
@@ -57,11 +62,15 @@ def pad(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
 
 
+MEASURED = ("peak_bytes", "resident_bytes", "address_bytes", "micro_batches", "largest_cells")
+"""Of every step."""
+
+
 class Watch(TrainerCallback):
     """Notes resident memory and the largest micro-batch of every step."""
 
     def __init__(self) -> None:
-        self.base_bytes = 0
+        self.base_bytes = self.base_address_bytes = 0
         self.trainer: Any = None
         self.steps: list[dict[str, float]] = []
         self.cells: list[int] = []
@@ -71,11 +80,12 @@ class Watch(TrainerCallback):
         lines = Path("/proc/self/status").read_text().splitlines()
         peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
         Path("/proc/self/clear_refs").write_text("5")
-        used = psutil.Process().memory_info().rss
+        used = psutil.Process().memory_info()
         self.steps.append(
             {
                 "peak_bytes": peak - self.base_bytes,
-                "resident_bytes": used - self.base_bytes,
+                "resident_bytes": used.rss - self.base_bytes,
+                "address_bytes": used.vms - self.base_address_bytes,
                 "micro_batches": len(self.cells),
                 "largest_cells": max(self.cells),
             }
@@ -83,29 +93,36 @@ class Watch(TrainerCallback):
         self.cells = []
 
 
-class WatchedTrainer(MBPTrainer):
+class Watched:
     """Tells the watch of every micro-batch that runs."""
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As the stock one."""
-        if self.state.is_local_process_zero:
-            self.watch.cells.append(inputs["input_ids"].numel())
+        self.watch.cells.append(inputs["input_ids"].numel())
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def train(steps: int, folder: str) -> dict[str, Any]:
-    """Trains under the limit and returns what was seen."""
+class WatchedTrainer(Watched, Trainer):
+    """The plain one."""
+
+
+class WatchedMBPTrainer(Watched, MBPTrainer):
+    """Ours."""
+
+
+def train(trainer_class: type[Trainer], steps: int, folder: str) -> dict[str, Any]:
+    """Trains under the limit and returns what was seen, and the error that ended it, if any."""
     transformers.set_seed(0)
     config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
         num_hidden_layers=2,
-        num_attention_heads=2,
+        num_attention_heads=4,
         intermediate_size=64,
         attn_implementation="eager",  # whose memory grows with the square of the width
     )
     watch = Watch()
-    trainer = WatchedTrainer(
+    trainer = trainer_class(
         model=BertForSequenceClassification(config),
         args=TrainingArguments(
             output_dir=folder,
@@ -126,22 +143,37 @@ def train(steps: int, folder: str) -> dict[str, Any]:
     trainer.watch = watch
     trainer.model(**pad(trainer.train_dataset[:2])).loss.backward()  # code is read from disk at its first use
     trainer.model.zero_grad()
-    watch.base_bytes = psutil.Process().memory_info().rss
-    most = psutil.Process().memory_info().vms + HEADROOM
+    held = psutil.Process().memory_info()
+    watch.base_bytes, watch.base_address_bytes = held.rss, held.vms
+    most = held.vms + HEADROOM
     Path("/proc/self/clear_refs").write_text("5")
     resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
     started = time.perf_counter()
-    trainer.train()
+    error = ""
+    try:
+        trainer.train()
+    except (RuntimeError, MemoryError) as raised:
+        error = f"{type(raised).__name__}: {raised}".splitlines()[0]
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return {
         "steps": trainer.state.global_step,
+        "error": error,
+        "cells_at_the_error": watch.cells[-1] if error and watch.cells else 0,
+        "retries": sum(int(log.get("mbp_oom_retries", 0)) for log in logs),
         "seconds": round(time.perf_counter() - started, 1),
         "headroom_bytes": HEADROOM,
         "losses": [{"step": log["step"], "loss": round(log["loss"], 4)} for log in logs],
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        **{name: [step[name] for step in watch.steps] for name in watch.steps[0]},
+        **{name: [step[name] for step in watch.steps] for name in MEASURED},
     }
+
+
+def train_plainly(output: Path) -> dict[str, Any]:
+    """What came of the plain Trainer, in a process of its own."""
+    command = [sys.executable, __file__, "--plain", "--steps", str(PLAIN_STEPS), "--output", str(output)]
+    subprocess.run(command, check=True)  # noqa: S603
+    return dict(json.loads(output.with_suffix(".json").read_text(encoding="utf-8")))
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -152,13 +184,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
     limit = result["headroom_bytes"] / MIB
     above.plot(steps, [b / MIB for b in result["peak_bytes"]], color=BLUE, linewidth=0.7, label="highest in the step")
     above.plot(steps, [b / MIB for b in result["resident_bytes"]], color=ORANGE, linewidth=1, label="after the step")
-    above.axhline(limit, color=RED, linestyle="--", linewidth=1.2, label=f"limit: {limit:,.0f} MiB")
-    above.set(
-        title=f"{result['steps']:,} steps of {ROWS_A_STEP} rows of 4 to {LONGEST} tokens, and no failure",
-        ylabel="MiB since the start",
-        ylim=(0, 1.25 * limit),
+    above.plot(
+        steps, [b / MIB for b in result["address_bytes"]], color=GREY, linewidth=1, label="address space after it"
     )
-    above.legend(frameon=False, ncols=3, loc="upper right")
+    above.axhline(limit, color=RED, linestyle="--", linewidth=1.2, label=f"limit of address space: {limit:,.0f} MiB")
+    above.set(
+        title=f"{result['steps']:,} steps of {ROWS_A_STEP} rows of 4 to {LONGEST} tokens; {told(result['plain'])}",
+        ylabel="MiB since the start",
+        ylim=(0, 1.3 * limit),
+    )
+    above.legend(frameon=False, ncols=4, fontsize=8, loc="upper right")
     below.plot(steps, result["largest_cells"], color=BLUE, linewidth=0, marker=".", markersize=2)
     below.set(xlabel="optimizer step", ylabel="cells of the\nlargest micro-batch")
     for axes in (above, below):
@@ -169,10 +204,17 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def told(plain: dict[str, Any]) -> str:
+    """What came of the plain Trainer, in words."""
+    what = "runs out of memory" if plain["error"] else "is still well"
+    return f"the plain Trainer {what} after {plain['steps']:,}"
+
+
 def main() -> int:
     """Trains, and writes the picture and the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--plain", action="store_true", help="the plain Trainer only; writes .json only")
     parser.add_argument("--output", default=str(ROOT / "docs" / "long_run"), help="without .png and .json")
     options = parser.parse_args()
     if sys.platform != "linux":
@@ -182,15 +224,23 @@ def main() -> int:
         os.environ.update(SETTINGS)
         os.execv(sys.executable, [sys.executable, *sys.argv])  # noqa: S606
     torch.set_num_threads(1)  # the tensors are so small that threads would wait for each other
+    output = Path(options.output)
     with tempfile.TemporaryDirectory() as folder:
-        result = train(options.steps, folder)
-    Path(f"{options.output}.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
-    draw(result, Path(f"{options.output}.png"))
+        trainer_class = WatchedTrainer if options.plain else WatchedMBPTrainer
+        result = train(trainer_class, options.steps, folder)
+        if not options.plain:
+            result["plain"] = train_plainly(Path(folder) / "plain")
+    output.with_suffix(".json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+    if options.plain:
+        return 0
+    draw(result, output.with_suffix(".png"))
     peak = max(result["peak_bytes"]) / MIB
     print(
-        f"{result['steps']:,} steps in {result['seconds']:.0f} s; at most {peak:.0f} of {HEADROOM / MIB:.0f} MiB taken"
+        f"{result['steps']:,} steps in {result['seconds']:.0f} s; at most {peak:.0f} of {HEADROOM / MIB:.0f} MiB "
+        f"taken; memory ran out {result['retries']} times, and the step was run again"
     )
-    return 0
+    print(f"{told(result['plain'])} steps: {result['plain']['error']}")
+    return 0 if result["plain"]["error"] and not result["error"] else 1
 
 
 if __name__ == "__main__":

