@@ -98,6 +98,8 @@ class Guard:
             self._has_left = True  # where no parameters are gathered, the others wait at the end only, as a rule
         if self._has_left:
             give_back_memory()
+            if wrapped.sequence_numbers() == self._made:  # the others wait for the buffers that DDP broadcasts first
+                wrapped.broadcast_buffers(self._modules)
 
     def _take_part(self, filler: MicroBatch, *, is_cut_short: bool) -> None:
         if not is_cut_short:

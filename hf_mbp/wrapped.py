@@ -218,6 +218,13 @@ def set_buffer_syncs(modules: list[torch.nn.Module], syncs: list[bool]) -> None:
         replicated.require_forward_param_sync = sync
 
 
+def broadcast_buffers(modules: list[torch.nn.Module]) -> None:
+    """Makes the broadcast of buffers that is due before a forward pass, as DDP does."""
+    for module in modules:
+        if (replicated := replicated_in(module)) is not None and replicated.will_sync_module_buffers():
+            replicated._sync_buffers()
+
+
 def reset_iteration(modules: list[torch.nn.Module]) -> None:
     """Has FSDP2 forget a pass that was cut short, with the gradients it has gathered (torch 2.12).
 

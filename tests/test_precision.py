@@ -232,11 +232,12 @@ def test_sums_of_known_numbers() -> None:
     weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     sums = Float32Sums()
     for part in (256.0, *[0.5] * 9):
-        with sums.around([weight], is_complete=False):
-            (weight * part).sum().backward()
+        (weight * part).sum().backward()
+        sums.add([weight])
         assert weight.grad is None
-    with sums.around([weight], is_complete=True):
-        (weight * 1.0).sum().backward()
+    (weight * 1.0).sum().backward()
+    sums.add([weight])
+    sums.give()
     assert weight.grad.dtype == torch.bfloat16
     assert weight.grad.tolist() == [262.0, 262.0]  # 261.5 rounded; bfloat16 has every second number here
     assert not sums._sums
@@ -282,9 +283,10 @@ def test_a_loop_without_a_trainer_rounds_once() -> None:
 def test_sparse_gradients(tmp_path: Path) -> None:
     table = torch.nn.Embedding(10, 2, sparse=True, dtype=torch.bfloat16)
     sums = Float32Sums()
-    for last, index in enumerate((1, 1, 3)):
-        with sums.around(list(table.parameters()), is_complete=last == 2):
-            table(torch.tensor([index])).sum().backward()
+    for index in (1, 1, 3):
+        table(torch.tensor([index])).sum().backward()
+        sums.add(table.parameters())
+    sums.give()
     dense = table.weight.grad.to_dense()
     assert dense.dtype == torch.bfloat16
     assert dense.sum(1).tolist() == [0, 4, 0, 2, 0, 0, 0, 0, 0, 0]

@@ -26,6 +26,11 @@ def memory() -> None:
     torch.empty(2**50, dtype=torch.uint8)
 
 
+def starved() -> None:
+    """In every pass, so that no plan helps."""
+    memory()
+
+
 def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -54,23 +59,31 @@ def leaves() -> None:
 
 
 WAYS: dict[str, Callable[[], None]] = {
-    way.__name__: way for way in (exception, memory, killed, stopped, asleep, busy, leaves)
+    way.__name__: way for way in (exception, memory, starved, killed, stopped, asleep, busy, leaves)
 } | {"stays": exception}
 
 
 class Failing(MBPTrainer):
-    """Fails once, on one rank."""
+    """Fails on one rank: once in a pass, in which want of memory would be survived, or before it; or always."""
 
     way = staticmethod(exception)
     failing_rank = 0
     is_due = True
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.way is memory:
+            self.fail()
+        return super().training_step(*args, **kwargs)
+
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.fail()
+        return super().compute_loss(*args, **kwargs)
+
+    def fail(self) -> None:
         is_meant = self.way is leaves or self.args.process_index == self.failing_rank
         if self.is_due and self.state.global_step == 1 and is_meant:
-            self.is_due = False
+            self.is_due = self.way is starved
             self.way()
-        return super().compute_loss(*args, **kwargs)
 
 
 def train(folder: Path, way: str, failing_rank: int, rank_timeout: float) -> None:

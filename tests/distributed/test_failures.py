@@ -125,6 +125,14 @@ def test_want_of_memory_ends_the_others_with_the_remedy(start: Start) -> None:
     assert ranks.line(0).endswith("Set memory_limit or max_tokens_per_micro_batch lower. Rank 0 ends, too.")
 
 
+def test_a_rank_that_nothing_fits_on_ends_all(start: Start) -> None:
+    ranks = start("starved", failing=1)
+    ranks.wait(0, 1)
+    assert ranks.exit_codes() == [1, 1]
+    assert "does not fit the memory by itself, with activation checkpointing (DefaultCPUAllocator" in ranks.output(1)
+    assert "Process 1 has a row that does not fit its memory; it says which." in ranks.output(0)
+
+
 @pytest.mark.parametrize("way", ["killed", "stopped"])
 def test_a_rank_that_is_gone_ends_the_others(start: Start, way: str) -> None:
     """Killed, its connections break, which the network reports as a failure of theirs; stopped, they do not."""
