@@ -250,8 +250,8 @@ def test_an_address_space_limit_bounds_what_is_free() -> None:
         assert 0.9 * GIB < memory.free_memory(cpu) <= most, memory.free_memory(cpu)
         assert memory.total_memory(cpu) == min(limit, psutil.virtual_memory().total)
         kept = torch.ones(2**27)
-        assert memory.free_memory(cpu) <= GIB // 2, memory.free_memory(cpu)
-        assert memory.room_for_training(cpu, None, 1000).activation_bytes <= 0.9 * GIB // 2
+        assert memory.free_memory(cpu) <= GIB // 2 + 2**24, memory.free_memory(cpu)
+        assert memory.room_for_training(cpu, None, 1000).activation_bytes <= 0.9 * (GIB // 2 + 2**24)
         try:
             torch.ones(memory.free_memory(cpu) // 4 + 2**24)
         except RuntimeError as error:
