@@ -221,8 +221,8 @@ def set_buffer_syncs(modules: list[torch.nn.Module], syncs: list[bool]) -> None:
 def broadcast_buffers(modules: list[torch.nn.Module]) -> None:
     """Makes the broadcast of buffers that is due before a forward pass, as DDP does."""
     for module in modules:
-        if (replicated := replicated_in(module)) is not None and replicated.will_sync_module_buffers():
-            replicated._sync_buffers()
+        if (replicated := replicated_in(module)) is not None and replicated.will_sync_module_buffers():  # type: ignore[no-untyped-call]
+            replicated._sync_buffers()  # type: ignore[no-untyped-call]
 
 
 def reset_iteration(modules: list[torch.nn.Module]) -> None:
