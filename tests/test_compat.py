@@ -38,7 +38,7 @@ class FakeAccelerator:
     ("distributed_type", "options", "defers"),
     [
         (DistributedType.MULTI_GPU, {}, True),
-        (DistributedType.MULTI_GPU, {"sync_each_batch": True}, False),
+        (DistributedType.MULTI_GPU, {"sync_each_batch": True}, True),  # DDP's gradients are whole anyway
         (DistributedType.FSDP, {"sync_each_batch": True}, False),
         (DistributedType.DEEPSPEED, {"sync_each_batch": True}, True),  # its wrapper would step the optimizer
     ],
