@@ -3,7 +3,7 @@
 import copy
 import pickle
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, chain, pairwise
 from typing import Any
@@ -220,6 +220,17 @@ def _sound_cells(inputs: Mapping[str, Any]) -> int | None:
         return mask.numel()  # features may be [mels, frames] or [frames, mels]
     sounds = (inputs[key] for key in ("input_features", "input_values") if isinstance(inputs.get(key), torch.Tensor))
     return next((len(sound) * num_frames(sound) for sound in sounds), None)
+
+
+def rows_of_examples(examples: Iterable[int], num_examples: int, rows_each: int) -> list[int]:
+    """Indices of the rows of some examples, where the parts of all lie one after the other.
+
+    Example:
+        >>> rows_of_examples([0, 2], num_examples=3, rows_each=2)  # pairs: all chosen rows, then all rejected ones
+        [0, 2, 3, 5]
+    """
+    chosen = list(examples)
+    return [part * num_examples + example for part in range(rows_each) for example in chosen]
 
 
 def select_rows(inputs: Mapping[str, Any], indices: list[int]) -> Inputs:

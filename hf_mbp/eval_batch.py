@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_mbp.collate import Inputs, count_cells, need_one_width, num_rows_of
+from hf_mbp.collate import Inputs, count_cells, need_one_width, num_rows_of, rows_of_examples
 from hf_mbp.padding import IGNORE_INDEX, MASK, is_left_padded, trim, width_of
 from hf_mbp.plan import Ints, round_up
 
@@ -165,7 +165,7 @@ class EvalBatch:
 
     def indices(self, examples: list[int], rows_each: int) -> list[int]:
         """Where the examples stand in something with so many rows for each."""
-        return [part * self.num_examples + example for part in range(rows_each) for example in examples]
+        return rows_of_examples(examples, self.num_examples, rows_each)
 
     def widths(self, inputs: Inputs) -> list[int]:
         """Columns of collated inputs: of the tokens, and of the targets of an encoder-decoder."""

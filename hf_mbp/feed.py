@@ -123,12 +123,10 @@ class Feed:
             return self._weighed(micro_batches)
 
     def _is_hopeless(self, fault: Fault) -> bool:
-        """Not at the first time: others may have taken memory for a moment, and what was cached has been given back."""
-        takes_no_less = fault.is_checkpointed or not compat.can_checkpoint(self.trainer.model)
-        return fault.rows == 1 and takes_no_less and fault.times > 1
+        return fault.is_hopeless(can_checkpoint=compat.can_checkpoint(self.trainer.model))
 
     def _make_room(self, fault: Fault) -> None:
-        if fault.rows == 1 and not fault.is_checkpointed and compat.can_checkpoint(self.trainer.model):
+        if fault.can_be_checkpointed(can_checkpoint=compat.can_checkpoint(self.trainer.model)):
             self.budget.checkpoint_from(fault.width)
         elif fault.rows > 1 and self._pools_of_step:
             self.budget.shrink(fault.rows, fault.width)
@@ -142,8 +140,7 @@ class Feed:
         if is_small or count < 2 or not collate.has_entry_for_each_row(inputs, num_rows):
             return [inputs]
         halves = [range(count // 2), range(count // 2, count)]
-        rows = [[part * count + index for part in range(each) for index in half] for half in halves]
-        return [collate.select_rows(inputs, chosen) for chosen in rows]
+        return [collate.select_rows(inputs, collate.rows_of_examples(half, count, each)) for half in halves]
 
     def _too_large(self, faults: list[Fault]) -> MemoryError:
         own = next((fault for fault in faults if fault.reason), faults[0])

@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_mbp.collate import Inputs, has_entry_for_each_row, need_one_width, num_rows_of, select_rows
+from hf_mbp.collate import Inputs, has_entry_for_each_row, need_one_width, num_rows_of, rows_of_examples, select_rows
 from hf_mbp.items import with_an_item
 from hf_mbp.padding import can_be_cut, cut_columns
 
@@ -33,4 +33,4 @@ def _rows_of_one(inputs: Inputs, num_examples: int) -> list[int]:
     is_dense = all(isinstance(value, torch.Tensor) for value in inputs.values())
     if not is_dense or not has_entry_for_each_row(inputs, num_rows) or num_rows % num_examples:
         return list(range(num_rows))
-    return [part * num_examples for part in range(num_rows // num_examples) for _ in range(ROWS)]
+    return rows_of_examples([0] * ROWS, num_examples, num_rows // num_examples)

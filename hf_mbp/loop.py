@@ -246,9 +246,9 @@ class _MiniBatch:
         for fault in faults:
             if fault.rows > 1:
                 self._max_tokens = min(self._max_tokens, max(1, fault.rows * fault.width // 2))
-            elif fault.rows == 1 and self._can_checkpoint and not fault.is_checkpointed:
+            elif fault.can_be_checkpointed(can_checkpoint=self._can_checkpoint):
                 self._checkpoint_from = min(self._checkpoint_from or fault.width, fault.width)
-            elif fault.rows == 1 and fault.times > 1:
+            elif fault.is_hopeless(can_checkpoint=self._can_checkpoint):
                 raise MemoryError(
                     f"A row of {fault.width:,} tokens does not fit the memory by itself ({fault.reason}). Shorten such "
                     "rows, or take a smaller model or dtype."

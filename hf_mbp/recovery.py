@@ -51,6 +51,17 @@ class Fault:
     reason: str = ""
     row: Any = field(default=None, repr=False)
 
+    def can_be_checkpointed(self, *, can_checkpoint: bool) -> bool:
+        """Whether it was a single row, which may fit with activation checkpointing, if the model can do that."""
+        return self.rows == 1 and can_checkpoint and not self.is_checkpointed
+
+    def is_hopeless(self, *, can_checkpoint: bool) -> bool:
+        """Whether it was a single row that takes no less.
+
+        Not at the first time: others may have taken memory for a moment, and what was cached has been given back.
+        """
+        return self.rows == 1 and not self.can_be_checkpointed(can_checkpoint=can_checkpoint) and self.times > 1
+
     def __str__(self) -> str:
         if not self.rows:
             return "a few tokens to keep in step with other processes"
