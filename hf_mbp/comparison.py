@@ -101,9 +101,9 @@ class Comparison:
         Rows of one length and one class would pass with any count and any padding. So there is one of each length and
         label before any comes twice, and one that is clearly longer than the others.
         """
-        lengths = {id(row): int(self.trainer.mbp_feed.sizes([row]).sum()) for row in rows}
+        lengths = {id(row): int(self.trainer.mbp_rows.sizes([row]).sum()) for row in rows}
         by_length = sorted(rows, key=lambda row: lengths[id(row)])
-        with_items = [row for row in by_length if self.items(*self.trainer.mbp_feed.collate([[row]])) > 0]
+        with_items = [row for row in by_length if self.items(*self.trainer.mbp_rows.collate([[row]])) > 0]
         firsts: list[Any] = []
         seconds: list[Any] = []
         seen = set()
@@ -121,7 +121,7 @@ class Comparison:
         return sorted(telling, key=lambda row: lengths[id(row)], reverse=True)
 
     def _collated_whole(self) -> Inputs:
-        (whole,) = self.trainer.mbp_feed.collate([self.rows], keep_width=True)
+        (whole,) = self.trainer.mbp_rows.collate([self.rows], keep_width=True)
         return self._in_precision(whole)
 
     def _in_precision(self, inputs: Inputs) -> Inputs:
@@ -131,12 +131,12 @@ class Comparison:
         """Groups of rows by the user's collator, or, if that draws random numbers, cut out of the whole."""
         if self.is_random_collator:
             return [trim(select_rows(self.whole, group)) for group in groups]
-        collated = self.trainer.mbp_feed.collate([[self.rows[i] for i in group] for group in groups])
+        collated = self.trainer.mbp_rows.collate([[self.rows[i] for i in group] for group in groups])
         return [self._in_precision(inputs) for inputs in collated]
 
     def items(self, inputs: Inputs) -> float:
         """What the trainer says the loss of these inputs is a mean over."""
-        return float(self.trainer.mbp_feed.num_items(inputs))
+        return float(self.trainer.mbp_rows.num_items(inputs))
 
     # Runs
 

@@ -107,7 +107,7 @@ def check_equivalence(trainer: Any, num_rows: int = 8) -> EquivalenceReport:
             "once in one process without them. (Under FSDP2, train() runs it when it starts.)"
         )
     with own_random_numbers(modules_of(trainer)), untouched(trainer):
-        rows = trainer.mbp_feed.sample(num_rows * ROWS_TO_CHOOSE_FROM)
+        rows = trainer.mbp_rows.sample(num_rows * ROWS_TO_CHOOSE_FROM)
     return compare(trainer, rows, num_rows)
 
 

@@ -253,7 +253,7 @@ class Evaluation:
     # What has to be known
 
     def _num_items(self, inputs: Inputs) -> float:
-        return float(self._trainer.mbp_feed.num_items(inputs))
+        return float(self._trainer.mbp_rows.num_items(inputs))
 
     def _has_targets(self) -> bool:
         return bool(getattr(getattr(self._trainer.model, "config", None), "is_encoder_decoder", False))

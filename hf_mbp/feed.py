@@ -3,24 +3,20 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
-from hf_mbp import collate, compat, loaders, other_trainers, probe, wrapped
+from hf_mbp import collate, compat, other_trainers, wrapped
 from hf_mbp.accumulation import half_precision
-from hf_mbp.collate import Batch, Inputs, KeepRows, Rows
+from hf_mbp.collate import Batch, Inputs, Rows
 from hf_mbp.distributed import Ranks
-from hf_mbp.items import checked_count
-from hf_mbp.plan import Budget, Cost, Ints, as_sizes, round_up, too_long_message
-from hf_mbp.precollated import CollatedRow, CollateInWorkers, cut_out
-from hf_mbp.probe import LossFunction, LossTraits
+from hf_mbp.plan import Budget, Cost, Ints, too_long_message
 from hf_mbp.recovery import Fault
 from hf_mbp.report import StepReport, compiled_note, half_precision_note, padded_rows_note, retry_line, start_line
+from hf_mbp.row_reader import RowReader, need_one_width
 from hf_mbp.run_budget import RunBudget
 from hf_mbp.sizing import cost_of
 from hf_mbp.start_check import StartCheck
@@ -49,14 +45,14 @@ class Pool:
 class Feed:
     """What stands between the data loader and the steps of one trainer."""
 
-    def __init__(self, trainer: Any, ranks: Ranks, report: StepReport) -> None:
+    def __init__(self, trainer: Any, rows: RowReader, ranks: Ranks, report: StepReport) -> None:
         self.trainer = trainer
+        self.rows = rows
         self.ranks = ranks
         self.report = report
         self.budget = RunBudget(trainer, ranks, self._tell)
         self.check = StartCheck(trainer, ranks)
         self._cost: Cost | None = None
-        self._traits = LossTraits(self.trainer.accelerator)
         self._filler: MicroBatch | None = None
         self._left_over: list[Any] = []
         self._spare: list[Any] = []
@@ -72,7 +68,7 @@ class Feed:
         self._cost, self._filler = None, None
         self._left_over, self._spare = [], []
         self.check.restart()
-        self._traits = LossTraits(self.trainer.accelerator)
+        self.rows.restart()
         self.is_compiled = wrapped.compiles(self.trainer.accelerator, self.trainer.model)
         self.report.restart()
 
@@ -148,96 +144,6 @@ class Feed:
         need = float(budget.bytes(1, own.width)) if budget is not None and budget.max_bytes is not None else None
         return too_large_error(self.trainer, own, need, compat.save_checkpoint(self.trainer))
 
-    @property
-    def _workers_collate(self) -> bool:
-        collates_in = self.trainer.mbp_config.collate_in
-        return bool(collates_in == "workers" or other_trainers.is_sentence_transformers(self.trainer))
-
-    def loader_collator(self) -> KeepRows:
-        """What the training loader has in place of the user's collator."""
-        collator = self.trainer.data_collator
-        return CollateInWorkers(collator) if self._workers_collate else KeepRows(collator)
-
-    # Questions about rows and inputs
-
-    def sizes(self, rows: list[Any]) -> Ints:
-        """Lengths of rows, `[rows, parts]`, as the collator will pad them; two parts for an encoder-decoder."""
-        return round_up(as_sizes([self._parts(row) for row in rows]), self._multiple_of())
-
-    def _parts(self, row: Any) -> tuple[int, ...]:
-        if isinstance(row, CollatedRow):
-            parts = row.parts or (self.trainer.row_length(row.fields()),)
-            return (*parts, row.num_targets) if self._has_targets() else parts
-        length = self.trainer.row_length(row)
-        return (length, collate.target_length(row)) if self._has_targets() else (length,)
-
-    def _multiple_of(self) -> int | None:
-        return getattr(self.trainer.data_collator, "pad_to_multiple_of", None)
-
-    def collate(self, groups: list[list[Any]], *, keep_width: bool = False) -> list[Inputs]:
-        """Each group of rows, padded by the user's collator; all to one width where the loss needs that.
-
-        Rows that were collated in the workers lose the padding that none of their group needs, unless `keep_width`.
-        """
-        return [self._settled(inputs) for inputs in self._padded(groups, keep_width=keep_width)]
-
-    def _padded(self, groups: list[list[Any]], *, keep_width: bool) -> list[Inputs]:
-        if isinstance(groups[0][0], CollatedRow):
-            return [self._cut_out(group, keep_width=keep_width) for group in groups]
-        with self.report.collation():
-            return collate.collated(self.trainer.data_collator, groups)
-
-    def _cut_out(self, rows: list[CollatedRow], *, keep_width: bool) -> Inputs:
-        return cut_out(
-            rows,
-            has_targets=self._has_targets(),
-            multiple_of=self._multiple_of() or 1,
-            keep_width=keep_width or _need_one_width(rows),
-        )
-
-    def sample(self, num_rows: int) -> list[Any]:
-        """The first rows of the training data, as the collator gets them.
-
-        Raises:
-            ValueError: the user's own loader pads its batches itself.
-        """
-        loader = loaders.source_of(self.trainer.get_train_dataloader())
-        if isinstance(loader.dataset, torch.utils.data.IterableDataset):
-            rows = list(islice(loader.dataset, num_rows))
-        else:
-            rows = [loader.dataset[index] for index in range(min(num_rows, len(loader.dataset)))]
-        batch = loader.collate_fn([row for row in rows if _is_alike(row, rows[0])])
-        if not isinstance(batch, Batch):
-            raise ValueError(
-                "get_train_dataloader is overridden and returns ready-made batches, which are never split. To have "
-                "them split, leave it as it is, or build on super().get_train_dataloader()."
-            )
-        return batch.unpack()
-
-    def shifts_labels(self, inputs: Inputs) -> bool:
-        """Whether the loss predicts the next token, so that the first label of a row is no item; found by trying."""
-        return self._traits.shifts_labels(*self._loss_and_modules(), inputs)
-
-    def _settled(self, inputs: Inputs) -> Inputs:
-        return self._traits.settled(*self._loss_and_modules(), inputs)
-
-    def _loss_and_modules(self) -> tuple[LossFunction, list[torch.nn.Module]]:
-        return partial(probe.loss_of, self.trainer), probe.modules_of(self.trainer)
-
-    def num_items(self, inputs: Inputs) -> float:
-        """What the trainer's `num_items` says, which users may override.
-
-        Raises:
-            ValueError: it is not a number of items.
-        """
-        return checked_count(self.trainer.num_items(inputs))
-
-    def _has_targets(self) -> bool:
-        return bool(getattr(getattr(self.trainer.model, "config", None), "is_encoder_decoder", False))
-
-    def _num_cells(self, inputs: Mapping[str, Any]) -> int | None:
-        return collate.count_cells(inputs, with_targets=self._has_targets())
-
     # From rows to micro-batches
 
     def _first_plan(self) -> list[MicroBatch]:
@@ -248,14 +154,14 @@ class Feed:
         max_tokens = self._warn_of_long_rows(budget, _longest(largest.sizes))
         is_first_step = self._cost is None
         if is_first_step and wrapped.is_sharded(self.trainer):
-            self._find_out_together(pools[0].rows)
+            self.rows.find_out_together(pools[0].rows)
         checks = [self.check.run(pool.rows, pool.sizes, budget) for pool in pools if self.check.is_due(pool.rows[0])]
         micro_batches = self._plan()
         if is_first_step:
             batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
             num_rows = sum(map(len, batch_sizes))
             self._tell(start_line(num_rows, micro_batches, batch_sizes, self.budget.describe(max_tokens), checks[0]))
-            self._tell(None if self._multiple_of() else padded_rows_note(micro_batches, batch_sizes))
+            self._tell(None if self.rows.multiple_of else padded_rows_note(micro_batches, batch_sizes))
             self._tell(compiled_note() if self.is_compiled else None)
             self._tell(half_precision_note(self._dtypes_summed_in_half(), len(micro_batches)))
         if (note := self.report.slow_collation_note()) and self._is_first("slow collation"):
@@ -286,7 +192,7 @@ class Feed:
 
     def _pools(self, batches: list[list[Any]]) -> list[Pool]:
         """Pools of the rows of all batches together; of each batch by itself, where the workers have padded it."""
-        groups = [[batch] for batch in batches] if self._workers_collate else [batches]
+        groups = [[batch] for batch in batches] if self.rows.workers_collate else [batches]
         pools = [self._pool([batch for batch in group if batch]) for group in groups]
         if not pools[-1].is_borrowed:
             self._spare = [pools[-1].rows[int(pools[-1].sizes.sum(axis=1).argmin())]]
@@ -294,16 +200,16 @@ class Feed:
 
     def _pool(self, batches: list[list[Any]]) -> Pool:
         rows = list(chain.from_iterable(batches)) or self._spare_row()
-        sizes = self.sizes(rows)
+        sizes = self.rows.sizes(rows)
         batch_sizes = np.split(sizes, np.cumsum([len(batch) for batch in batches])[:-1]) if batches else []
-        if _need_one_width(rows):
+        if need_one_width(rows):
             sizes = np.broadcast_to(sizes.max(axis=0), sizes.shape)
         return Pool(rows=rows, sizes=sizes, batch_sizes=batch_sizes)
 
     def _spare_row(self) -> list[Any]:
         """A row to take part with, where this rank has none and others have."""
         with compat.kept_loaders(self.trainer.accelerator):
-            row = self._spare or self.sample(1)
+            row = self._spare or self.rows.sample(1)
         if row:
             return row
         raise ValueError(
@@ -312,17 +218,13 @@ class Feed:
         )
 
     def _planned(self, pool: Pool, budget: Budget, cost: Cost) -> list[MicroBatch]:
-        functions = RowFunctions(collate=self.collate, num_items=self.num_items, num_cells=self._num_cells)
+        functions = RowFunctions(
+            collate=self.rows.collate, num_items=self.rows.num_items, num_cells=self.rows.num_cells
+        )
         micro_batches = split_mini_batch(
             pool.rows, pool.sizes, budget=budget, cost=cost, functions=functions, ranks=self.ranks
         )
         return [as_filler(micro_batch) for micro_batch in micro_batches] if pool.is_borrowed else micro_batches
-
-    def _find_out_together(self, rows: list[Any]) -> None:
-        """Tries the loss now, on all ranks alike: a forward pass of a sharded model is a collective."""
-        group = sorted(rows, key=lambda row: int(self.sizes([row]).sum()))[:2]
-        (inputs,) = self._padded([group], keep_width=False)
-        self._traits.find_out(*self._loss_and_modules(), inputs)
 
     def _dtypes_summed_in_half(self) -> list[str]:
         """Names of the half-precision dtypes in which gradients are summed; sharded models have rules of their own."""
@@ -347,13 +249,13 @@ class Feed:
         return MicroBatch(
             inputs=inputs,
             num_rows=collate.num_rows_of(inputs),
-            num_items=self.num_items(dict(inputs)),
+            num_items=self.rows.num_items(dict(inputs)),
             cells=cells,
             tokens=cells,
         )
 
     def _cells(self, inputs: Inputs) -> int:
-        return self._num_cells(inputs) or collate.num_rows_of(inputs)
+        return self.rows.num_cells(inputs) or collate.num_rows_of(inputs)
 
     def _weighed(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         weighed = weigh(micro_batches, self.ranks, self._filler)
@@ -385,13 +287,6 @@ class Feed:
         return self._cost
 
 
-def _is_alike(row: Any, other: Any) -> bool:
-    """Whether two rows come from one data set, where a trainer of sentence-transformers has several."""
-    if not isinstance(row, Mapping):
-        return True
-    return bool(row.keys() == other.keys() and row.get("dataset_name") == other.get("dataset_name"))
-
-
 def _inputs(batch: Any) -> Inputs:
     """A batch of the user's own loader."""
     if not isinstance(batch, Mapping):
@@ -404,8 +299,3 @@ def _inputs(batch: Any) -> Inputs:
 
 def _longest(sizes: Ints) -> int:
     return int(sizes.sum(axis=1).max())
-
-
-def _need_one_width(rows: list[Any]) -> bool:
-    first = rows[0]
-    return collate.need_one_width(first.batch.inputs if isinstance(first, CollatedRow) else first)

@@ -96,7 +96,7 @@ def _corrected(profile: Profile, worst: Worst, taken: int, step: int) -> Profile
 def worst_of(trainer: Any, rows: list[Any], profile: Profile, cost: Cost) -> Worst | None:
     """Of the micro-batches that a mini-batch of these rows is planned as, the one that needs most; single rows beyond
     the budget aside. `None` if it needs little."""
-    sizes = trainer.mbp_feed.sizes(rows)
+    sizes = trainer.mbp_rows.sizes(rows)
     if collate.need_one_width(rows[0]):
         sizes = np.broadcast_to(sizes.max(axis=0), sizes.shape)
     found = None
@@ -121,7 +121,7 @@ def _taken(trainer: Any, worst: Worst, gauge: Gauge) -> int | None:
 def _run(trainer: Any, worst: Worst, gauge: Gauge) -> int:
     with undisturbed(modules_of(trainer)), kept_collator(trainer.data_collator):
         trainer.model.train()
-        (inputs,) = trainer.mbp_feed.collate([worst.rows])
+        (inputs,) = trainer.mbp_rows.collate([worst.rows])
         inputs = with_padding(inputs)
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:

@@ -152,13 +152,13 @@ def _room(trainer: Any) -> memory.Room:
 
 
 def _can_be_cut(trainer: Any, row: Any) -> bool:
-    (inputs,) = trainer.mbp_feed.collate([[row, row]])
+    (inputs,) = trainer.mbp_rows.collate([[row, row]])
     return can_be_cut(inputs) and num_rows_of(inputs) == 2
 
 
 def _measure(trainer: Any, row: Any, num_rows: int, width: int, *, is_cut: bool) -> Measured:
     """Peak bytes of a micro-batch of a row repeated, cut to `width` or not, and the width that it really has."""
-    (inputs,) = trainer.mbp_feed.collate([[row] * num_rows])
+    (inputs,) = trainer.mbp_rows.collate([[row] * num_rows])
     if is_cut:
         inputs = with_padding(cut_columns(inputs, width))
     for parameter in trainer.model.parameters():

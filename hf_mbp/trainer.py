@@ -13,6 +13,7 @@ from hf_mbp.distributed import Ranks
 from hf_mbp.evaluation import Evaluation
 from hf_mbp.feed import Feed
 from hf_mbp.report import MEASURED, StepReport
+from hf_mbp.row_reader import RowReader
 from hf_mbp.runner import MicroBatches, Runner
 from hf_mbp.watch import watched_ranks
 
@@ -70,7 +71,8 @@ class MBPMixin(_Base):
         self._ranks = Ranks(self.accelerator)
         self._report = StepReport()
         self._logs_step = False
-        self.mbp_feed = Feed(self, self._ranks, self._report)
+        self.mbp_rows = RowReader(self, self._report)
+        self.mbp_feed = Feed(self, self.mbp_rows, self._ranks, self._report)
         self._runner = Runner(self, self.mbp_feed, self._ranks)
         self._evaluation = Evaluation(self, self._ranks)
 
@@ -86,7 +88,7 @@ class MBPMixin(_Base):
         inputs = dict(micro_batch)
         if (known := other_trainers.num_items(self, inputs)) is not None:
             return known
-        return items.items_of(inputs, getattr(self.model, "config", None), self.mbp_feed.shifts_labels)
+        return items.items_of(inputs, getattr(self.model, "config", None), self.mbp_rows.shifts_labels)
 
     def row_length(self, row: Any) -> int:
         """Tokens of a row of the data set; override it where the size is elsewhere.
@@ -123,7 +125,7 @@ class MBPMixin(_Base):
 
     def get_train_dataloader(self) -> Any:
         """The stock loader, except that its batches are rows; whoever overrides it may return any batches."""
-        with loaders.deferred_collation(self, self.mbp_feed.loader_collator()):
+        with loaders.deferred_collation(self, self.mbp_rows.loader_collator()):
             loader = super().get_train_dataloader()
         return loaders.for_all_ranks(loader)
 

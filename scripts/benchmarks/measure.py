@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import multiprocessing
-import os
-import threading
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +11,8 @@ import transformers
 
 from benchmarks.contestants import CONTESTANTS, Task
 from benchmarks.workloads import WORKLOADS, Shape
-
-POLL_SECONDS = 0.02
-"""A contestant may have the system count its peak anew (MBPTrainer does, at every step), so it is read all the time.
-What was the peak in the last moments before that could be missed; a step takes its peak early, in its longest rows."""
+from own_process import OwnProcesses, ProcessDiedError
+from peak_meter import PeakMeter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,54 +105,6 @@ class Stopwatch:
         }
 
 
-class PeakMeter:
-    """The most that this process holds while the meter is open, and what it held when it was opened, in bytes.
-
-    On a CPU resident memory, as Linux counts it (0 elsewhere); on a GPU what torch has reserved.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.base_bytes = self.highest_bytes = 0
-        self._is_done = threading.Event()
-
-    def __enter__(self) -> PeakMeter:
-        self._restart()
-        self.base_bytes = self.highest_bytes = self._read()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._is_done.set()
-        self._thread.join()
-
-    @property
-    def peak_bytes(self) -> int:
-        """On top of what was there."""
-        return self.highest_bytes - self.base_bytes
-
-    def _poll(self) -> None:
-        is_done = False
-        while not is_done:
-            is_done = self._is_done.wait(POLL_SECONDS)
-            self.highest_bytes = max(self.highest_bytes, self._read())
-
-    def _restart(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        elif Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
-
-    def _read(self) -> int:
-        if self.device == "cuda":
-            return int(torch.cuda.max_memory_reserved())
-        status = Path("/proc/self/status")
-        lines = status.read_text().splitlines() if status.exists() else []
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
-
-
 def measure(order: Order, folder: str) -> Measurement:
     """Trains as ordered, in this process; running out of memory is a result, too."""
     transformers.logging.set_verbosity_error()
@@ -180,34 +124,16 @@ def measure(order: Order, folder: str) -> Measurement:
     return Measurement(**counted, **memory, threads=torch.get_num_threads())
 
 
-def answer_with_measurement(order: Order, folder: str, answer: Any) -> None:
-    """What the process of a measurement does."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        measurement = measure(order, folder)
-    answer.send(asdict(measurement))
-
-
 class Laboratory:
-    """Performs measurements, each in a process that is forked from one that has done nothing but import."""
+    """Performs measurements, each in a process of its own."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.processes = multiprocessing.get_context("forkserver")
-        self.processes.set_forkserver_preload([__name__])
-        # Before Python 3.13 that process looks for modules only where the environment says, and goes without.
-        places = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
+        self.processes = OwnProcesses(preload=[__name__])
 
     def measurement(self, order: Order) -> Measurement:
         """Of one order, also of a process that was killed."""
-        here, there = self.processes.Pipe(duplex=False)
-        process = self.processes.Process(target=answer_with_measurement, args=(order, self.folder, there))
-        process.start()
-        there.close()
         try:
-            measurement = Measurement(**here.recv())
-        except EOFError:
-            process.join()
-            measurement = Measurement(error=f"the process ended without a word (exit code {process.exitcode})")
-        process.join()
-        return measurement
+            return self.processes.run(measure, order, self.folder)
+        except ProcessDiedError as death:
+            return Measurement(error=str(death))

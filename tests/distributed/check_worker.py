@@ -50,7 +50,7 @@ def report_of(folder: Path) -> EquivalenceReport:
     """The report on the rows of this rank, of a model that was trained and is sharded."""
     trainer = trainer_of(folder, check_at_start=False)
     trainer.train()
-    return compare(trainer, trainer.mbp_feed.sample(24), 6, together=trainer.mbp_feed.ranks)
+    return compare(trainer, trainer.mbp_rows.sample(24), 6, together=trainer.mbp_feed.ranks)
 
 
 def main(folder: Path) -> None:

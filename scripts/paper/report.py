@@ -1,12 +1,7 @@
-"""Writes what `paper_claim.py` has measured as a page and a picture.
-
-python scripts/paper_claim_report.py docs/paper_claim.json
-"""
+"""Writes what `paper_claim.py` has measured as a page and a picture."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +124,3 @@ def draw_peaks(axes: Any, result: dict[str, Any]) -> None:
     axes.set(title="Peak memory", xlabel="rows in a mini-batch", ylabel="MiB")
     axes.margins(y=0.12)
     axes.legend(frameon=False, loc="upper left")
-
-
-if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    write_report(json.loads(source.read_text(encoding="utf-8")), source.with_suffix(""))

@@ -1,0 +1,1 @@
+"""What `paper_claim.py` is made of."""
