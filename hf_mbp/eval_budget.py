@@ -12,7 +12,7 @@ from hf_mbp.fit import Measured, fit_budget
 from hf_mbp.padding import can_be_cut, cut_columns, with_padding
 from hf_mbp.plan import Budget
 from hf_mbp.row_outputs import num_bytes
-from hf_mbp.sizing import NARROW, PROBE_CELLS, PROBE_ROWS, WIDE
+from hf_mbp.sizing import probe_shapes
 
 COPIES = 3
 """Of a batch's outputs on the host: as they are filled in, and the two that stock has when it concatenates batches."""
@@ -61,14 +61,12 @@ def _run(run: Callable[[Inputs], Any], inputs: Inputs, outputs: list[Any]) -> No
 
 
 def _samples(batch: EvalBatch, example: int, length: int) -> list[Inputs]:
-    """A row repeated, at two widths if it can be cut."""
+    """A row repeated, at several widths if it can be cut; the shapes in which training is measured."""
     inputs = batch.take([example] * 2, cuts=batch.is_cuttable)
     is_cut = batch.rows_each == 1 and can_be_cut(inputs) and num_rows_of(inputs) == 2
-    widths = sorted({min(length, NARROW), min(length, WIDE)}) if is_cut else [length]
-    fewest, most = PROBE_ROWS
+    fitted, held_out = probe_shapes(length, is_cut=is_cut)
     samples = []
-    for width in widths:
-        num_rows = min(most, max(fewest, -(-PROBE_CELLS // width)))
+    for num_rows, width in (*fitted, held_out):
         inputs = batch.take([example] * num_rows, cuts=batch.is_cuttable)
         samples.append(with_padding(cut_columns(inputs, width)) if is_cut else inputs)
     return samples

@@ -21,13 +21,11 @@ import torch
 import transformers
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_mbp import EquivalenceReport, MBPConfig, MBPTrainer, check_equivalence
-
-sys.path.insert(0, str(Path(__file__).parent))
 from architectures import CASES, Case
+from hf_mbp import EquivalenceReport, MBPConfig, MBPTrainer, check_equivalence
+from marked_table import put_table
 
 PAGE = Path(__file__).parents[1] / "docs" / "exactness.md"
-BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
 
 ROUNDING = 1e-5
 """Relative error up to which the step is exact: some heads compute losses, and some models norms, in float32."""
@@ -139,13 +137,6 @@ def distance(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor])
 HEADER = "| architecture | head | error of a step | check | why, and what to do |\n| --- | --- | ---: | --- | --- |"
 
 
-def write(table: str) -> None:
-    """Put the table between the markers of the page."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
-
-
 def main() -> int:
     """Print the table; return 1 if step and check do not agree somewhere."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,7 +155,7 @@ def main() -> int:
             print(rows[-1], flush=True)
             wrong += [] if outcome.agrees else [f"{case.name}: step {outcome.error:.1g}, check says {outcome.report}"]
     if arguments.write:
-        write("\n".join([HEADER, *rows]))
+        put_table(PAGE, "architectures", "\n".join([HEADER, *rows]))
     print(*wrong, sep="\n", file=sys.stderr)
     return 1 if wrong else 0
 

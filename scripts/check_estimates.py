@@ -21,9 +21,9 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 
 from hf_mbp import MemoryEstimate, estimate_memory
+from marked_table import put_table
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
-BEGIN, END = "<!-- estimates: begin -->", "<!-- estimates: end -->"
 
 MOST_UNDER, MOST_OVER = -0.02, 0.20
 MIB = 2**20
@@ -231,13 +231,6 @@ HEADER = (
 )
 
 
-def write(table: str) -> None:
-    """Put the table between the markers of the page."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
-
-
 def main() -> int:
     """Print the table; return 1 if an estimate is too far off."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -254,7 +247,7 @@ def main() -> int:
             outcomes.append(examine(case))
             print(outcomes[-1].row(), flush=True)
     if arguments.write:
-        write("\n".join([HEADER, *(outcome.row() for outcome in outcomes)]))
+        put_table(PAGE, "estimates", "\n".join([HEADER, *(outcome.row() for outcome in outcomes)]))
     wrong = [outcome.row() for outcome in outcomes if not outcome.is_within]
     print(*wrong, sep="\n", file=sys.stderr)
     return 1 if wrong else 0

@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_mbp import MBPTrainer
+from peak_meter import highest_resident_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
@@ -40,7 +41,7 @@ SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "ONEDNN_PRIMITIVE_CACHE_CAPACI
 """Environment of the run. The first has glibc give every freed tensor back to the system. The second has oneDNN forget
 kernels: it compiles one for every new shape and keeps 1,024 of them, each with address space of its own."""
 
-HEADROOM = 96 * MIB
+HEADROOM = 80 * MIB
 """One row of 512 tokens fits it, two do not."""
 
 PLAIN_STEPS = 300
@@ -74,32 +75,33 @@ class Watch(TrainerCallback):
         self.trainer: Any = None
         self.steps: list[dict[str, float]] = []
         self.cells: list[int] = []
+        self.address_bytes = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """The highest since the last step, and starts to count anew."""
-        lines = Path("/proc/self/status").read_text().splitlines()
-        peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-        Path("/proc/self/clear_refs").write_text("5")
-        used = psutil.Process().memory_info()
+        """The highest since the step began, from where the budget counts, and what is left of it."""
+        peak = highest_resident_bytes()
+        resident = psutil.Process().memory_info().rss
         self.steps.append(
             {
                 "peak_bytes": peak - self.base_bytes,
-                "resident_bytes": used.rss - self.base_bytes,
-                "address_bytes": used.vms - self.base_address_bytes,
+                "resident_bytes": resident - self.base_bytes,
+                "address_bytes": self.address_bytes - self.base_address_bytes,
                 "micro_batches": len(self.cells),
                 "largest_cells": max(self.cells),
             }
         )
-        self.cells = []
+        self.cells, self.address_bytes = [], 0
 
 
 class Watched:
     """Tells the watch of every micro-batch that runs."""
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the stock one."""
+        """As the stock one; what backward needs is there at its end."""
         self.watch.cells.append(inputs["input_ids"].numel())
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.watch.address_bytes = max(self.watch.address_bytes, psutil.Process().memory_info().vms)
+        return loss
 
 
 class WatchedTrainer(Watched, Trainer):
@@ -182,12 +184,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     steps = range(1, result["steps"] + 1)
     limit = result["headroom_bytes"] / MIB
-    above.plot(steps, [b / MIB for b in result["peak_bytes"]], color=BLUE, linewidth=0.7, label="highest in the step")
-    above.plot(steps, [b / MIB for b in result["resident_bytes"]], color=ORANGE, linewidth=1, label="after the step")
-    above.plot(
-        steps, [b / MIB for b in result["address_bytes"]], color=GREY, linewidth=1, label="address space after it"
-    )
-    above.axhline(limit, color=RED, linestyle="--", linewidth=1.2, label=f"limit of address space: {limit:,.0f} MiB")
+    lines = [
+        ("address_bytes", GREY, "address space, after a forward pass"),
+        ("peak_bytes", BLUE, "resident, highest in the step"),
+        ("resident_bytes", ORANGE, "resident, after the step"),
+    ]
+    for name, colour, label in lines:
+        above.plot(steps, [value / MIB for value in result[name]], color=colour, linewidth=0.8, label=label)
+    above.axhline(limit, color=RED, linestyle="--", linewidth=1.2, label=f"limit of address space, {limit:,.0f} MiB")
     above.set(
         title=f"{result['steps']:,} steps of {ROWS_A_STEP} rows of 4 to {LONGEST} tokens; {told(result['plain'])}",
         ylabel="MiB since the start",
@@ -234,10 +238,10 @@ def main() -> int:
     if options.plain:
         return 0
     draw(result, output.with_suffix(".png"))
-    peak = max(result["peak_bytes"]) / MIB
+    peak = max(result["address_bytes"]) / MIB
     print(
         f"{result['steps']:,} steps in {result['seconds']:.0f} s; at most {peak:.0f} of {HEADROOM / MIB:.0f} MiB "
-        f"taken; memory ran out {result['retries']} times, and the step was run again"
+        f"taken in address space; memory ran out {result['retries']} times, and the step was run again"
     )
     print(f"{told(result['plain'])} steps: {result['plain']['error']}")
     return 0 if result["plain"]["error"] and not result["error"] else 1

@@ -1,32 +1,21 @@
 """The table of docs/exactness.md has every row, and those tried here are what the script gives."""
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+import check_architectures as script
+from marked_table import table_in
 
 ROOT = Path(__file__).parents[1]
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-architectures = load("architectures")
-script = load("check_architectures")
 CASES = {case.name: case for case in script.CASES}
 
 
 def documented() -> list[str]:
-    table = script.PAGE.read_text().split(script.BEGIN)[1].split(script.END)[0]
+    table = table_in(script.PAGE, "architectures")
     return [line for line in table.splitlines() if line.startswith("| ")][2:]
 
 

@@ -33,11 +33,6 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path
     return json.loads((folder / "tiny.json").read_text()), folder
 
 
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-
-
 TRAINERS = {"mbp", "mbp_max_tokens", "mbp_memory_limit", "trainer", "group_by_length", "batch_rebalance"}
 
 
@@ -45,7 +40,7 @@ def by_contestant(report: dict[str, Any], shape: str, part: str = "measurements"
     return {entry["contestant"]: entry for entry in report[part] if entry["shape"] == shape}
 
 
-def test_all_contestants_train_the_same_tokens(done: tuple[dict[str, Any], Path], scripts: None) -> None:
+def test_all_contestants_train_the_same_tokens(done: tuple[dict[str, Any], Path]) -> None:
     from benchmarks.workloads import WORKLOADS
 
     report, _ = done
@@ -110,7 +105,7 @@ def test_memory_is_what_was_taken(done: tuple[dict[str, Any], Path]) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-def test_the_meter_sees_a_peak_between_restarts(scripts: None) -> None:
+def test_the_meter_sees_a_peak_between_restarts() -> None:
     """As MBPTrainer, what is measured here has the system count anew."""
     import time
 
@@ -126,7 +121,7 @@ def test_the_meter_sees_a_peak_between_restarts(scripts: None) -> None:
     assert 60 * 2**20 < meter.peak_bytes < 96 * 2**20
 
 
-def test_ratios_are_of_the_same_repetition(scripts: None) -> None:
+def test_ratios_are_of_the_same_repetition() -> None:
     from benchmarks.results import summary
 
     def record(contestant: str, repetition: int, seconds: float, peak: int) -> dict[str, Any]:
@@ -148,7 +143,7 @@ def test_ratios_are_of_the_same_repetition(scripts: None) -> None:
     assert trainer["speed_ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
 
 
-def test_a_failure_is_a_result(scripts: None) -> None:
+def test_a_failure_is_a_result() -> None:
     from benchmarks.report import table
     from benchmarks.results import summary
 
@@ -192,7 +187,7 @@ def test_contestants_take_turns(script: ModuleType) -> None:
 
 
 @pytest.fixture
-def script(scripts: None) -> ModuleType:
+def script() -> ModuleType:
     import benchmark
 
     return benchmark

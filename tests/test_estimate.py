@@ -1,11 +1,9 @@
 """Estimates of memory against what the allocator hands out in real training, and against counts by hand."""
 
 import copy
-import importlib.util
 import re
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +26,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import check_estimates as script
 from hf_mbp import MemoryEstimate, estimate_max_tokens, estimate_memory
+from marked_table import table_in
 from tests.helpers import (
     BERT,
     NO_DROPOUT,
@@ -43,19 +43,6 @@ from tests.helpers import (
 )
 
 ROOT = Path(__file__).parents[1]
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load("check_estimates")
 
 
 def llama(**changes: Any) -> LlamaForCausalLM:
@@ -117,7 +104,7 @@ def test_the_script_tells_errors_that_are_too_large() -> None:
 
 
 def test_the_page_has_all_rows() -> None:
-    table = script.PAGE.read_text().split(script.BEGIN)[1].split(script.END)[0]
+    table = table_in(script.PAGE, "estimates")
     rows = [line.split(" | ")[:3] for line in table.splitlines() if line.startswith("| ")][2:]
     cases = [[f"| {case.model}", f"{case.rows} x {case.width}", case.name] for case in script.all_cases()]
     assert rows == cases

