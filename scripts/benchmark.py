@@ -4,6 +4,11 @@
     python scripts/benchmark.py --workload tiny --repetitions 1 --output /tmp/tiny       # a minute, to see how it goes
     python scripts/benchmark.py --workload lognormal --shapes 64x1 --contestants mbp trainer --output /tmp/large
 
+Packages that are compared where they are installed:
+
+    pip install --no-deps --target /tmp/packages online-dynamic-batching==0.1.2 mbp-pytorch==0.2.6
+    PYTHONPATH=/tmp/packages python scripts/benchmark.py
+
 Contestants take turns, several times: what disturbs the machine for a while disturbs all. Each measurement is a process
 of its own. Written are all measurements and their summary (.json), a page with tables (.md) and a picture (.png).
 A shape is per_device_train_batch_size x gradient_accumulation_steps: 4x16 has 64 rows a step, read 4 at a time.
@@ -83,7 +88,7 @@ def orders_of(options: argparse.Namespace) -> list[Order]:
         for repetition, workload in itertools.product(range(options.repetitions), options.workload)
         for shape in shapes_of(workload, options.shapes)
         for contestant in in_order(options.contestants)
-        if shape.batches > 1 or not CONTESTANTS[contestant].needs_batches
+        if CONTESTANTS[contestant].is_installed and (shape.batches > 1 or not CONTESTANTS[contestant].needs_batches)
     ]
 
 

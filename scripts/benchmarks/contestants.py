@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import chain
 from typing import Any, Protocol
 
 import psutil
@@ -41,6 +44,16 @@ class Task:
         rows = self.workload.rows()[: self.shape.rows_per_step]
         return [{**row, "input_ids": row["input_ids"][:WARM_UP_TOKENS]} for row in rows]
 
+    def random_steps(self) -> Iterator[Rows]:
+        """The rows of each step, in random order, for those that train without a Trainer."""
+        rows, size = self.workload.rows(), self.shape.rows_per_step
+        shuffle = random.Random(0)  # noqa: S311
+        for step in range(self.steps):
+            first = step * size % len(rows)
+            if first == 0:
+                shuffle.shuffle(rows)
+            yield rows[first : first + size]
+
 
 class Stopwatch(Protocol):
     """What a contestant tells when."""
@@ -56,13 +69,20 @@ class Stopwatch(Protocol):
 class Contestant:
     """A way to train: `train(task, model, stopwatch)` warms up and trains `task.steps` steps.
 
-    `needs_batches`: with one batch a step it would do what `trainer` does, and is left out.
+    `needs_batches`: with one batch a step it would do what `trainer` does, and is left out. `package`: the module of
+    the package that it tries; where that is not installed, it is left out, too.
     """
 
     name: str
     title: str
     train: Callable[[Task, Any, Stopwatch], None]
     needs_batches: bool = False
+    package: str = ""
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the package is there that it needs."""
+        return not self.package or find_spec(self.package) is not None
 
 
 class TellSteps(TrainerCallback):
@@ -128,7 +148,7 @@ class WithTrainer:
 def train_equal_rows(task: Task, model: Any, stopwatch: Stopwatch) -> None:
     """Plain PyTorch on rows of the mean length: what the device does without any padding, and without a Trainer."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    optimizer = plain_optimizer(model)
     rows = task.workload.equal_rows()
     stopwatch.start()
     plain_step(model, optimizer, task.warm_up_rows, task.device)
@@ -145,9 +165,73 @@ def plain_step(model: Any, optimizer: torch.optim.Optimizer, rows: Rows, device:
         part = rows[start : start + LIMIT_ROWS]
         inputs = {key: value.to(device) for key, value in pad(part).items()}
         (model(**inputs).loss * (len(part) / len(rows))).backward()
+    step_optimizer(model, optimizer)
+
+
+def plain_optimizer(model: Any) -> torch.optim.Optimizer:
+    """The one that Trainer makes."""
+    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+
+def step_optimizer(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """With the clipping of Trainer."""
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def train_equal_parts(task: Task, model: Any, stopwatch: Stopwatch) -> None:
+    """Plain PyTorch with the decorator of `mbp-pytorch`, which splits a padded batch by the number of rows."""
+    import mbp
+
+    @mbp.apply(["input_ids", "attention_mask", "labels"], ub_size=LIMIT_ROWS, device=task.device)
+    def loss_of(**inputs: torch.Tensor) -> torch.Tensor:
+        return model(**inputs).loss
+
+    def step(rows: Rows) -> None:
+        loss_of(**pad(rows))
+        step_optimizer(model, optimizer)
+
+    model.train()
+    optimizer = plain_optimizer(model)
+    stopwatch.start()
+    step(task.warm_up_rows)
+    stopwatch.start()
+    for rows in task.random_steps():
+        step(rows)
+    stopwatch.stop()
+
+
+def train_token_batches(task: Task, model: Any, stopwatch: Stopwatch) -> None:
+    """Plain PyTorch over batches of `online-dynamic-batching`, which holds a number of tokens, not of rows.
+
+    An optimizer step is taken as soon as as many rows as are asked for have been seen, so steps are larger than that.
+    Time counts from when its worker has started and the first batch is there.
+    """
+    import odb
+
+    model.train()
+    optimizer = plain_optimizer(model)
+    stopwatch.start()
+    plain_step(model, optimizer, task.warm_up_rows, task.device)
+    rows = [row for step in task.random_steps() for row in step]
+    loader = odb.ODBDataLoader(
+        rows, token_budget=task.max_tokens, batch_size=1, num_workers=1, prefetch_factor=64, collate_fn=pad
+    )
+    batches = iter(loader)
+    first = next(batches)
+    stopwatch.start()
+    seen = 0
+    for batch in chain([first], batches):
+        odb.pop_step_info(batch)
+        inputs = {key: batch[key].to(task.device) for key in ("input_ids", "attention_mask", "labels")}
+        num_rows = len(inputs["input_ids"])
+        (model(**inputs).loss * (num_rows / task.shape.rows_per_step)).backward()
+        seen += num_rows
+        if seen >= task.shape.rows_per_step:
+            step_optimizer(model, optimizer)
+            seen = 0
+    stopwatch.stop()
 
 
 def under_max_tokens(task: Task) -> dict[str, Any]:
@@ -195,6 +279,13 @@ CONTESTANTS = {
             title="Trainer, batch_rebalance",
             train=WithTrainer(arguments={"train_sampling_strategy": "batch_rebalance"}),
             needs_batches=True,
+        ),
+        Contestant(name="mbp_pytorch", title="mbp-pytorch", train=train_equal_parts, package="mbp"),
+        Contestant(
+            name="online_dynamic_batching",
+            title="online-dynamic-batching",
+            train=train_token_batches,
+            package="odb",
         ),
         Contestant(name="limit", title="equal rows, plain PyTorch", train=train_equal_rows),
     )

@@ -85,7 +85,7 @@ def stack_images(rows: Rows) -> dict[str, torch.Tensor]:
 
 
 def prepare_images(num_rows: int) -> tuple[Any, Rows, Any]:
-    """A small ViT with random weights, to read handwritten digits: each pixel is a patch, and there is the class token."""
+    """A small ViT with random weights, to read handwritten digits: each pixel is a patch."""
     images, labels = load_digits(return_X_y=True)
     digits = images.astype(np.uint8).reshape(-1, 8, 8)
     rows = [
@@ -126,8 +126,8 @@ CASES = (
         data_set_rows=1797,
         steps=6,
         learning_rate=1e-3,
-        headroom=48 * MIB,
-        first_try=16,
+        headroom=160 * MIB,
+        first_try=80,
     ),
 )
 QUICK = Case(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +13,6 @@ import transformers
 from transformers import Trainer, TrainingArguments
 
 from hf_mbp import MBPConfig, MBPTrainer
-from hf_mbp.out_of_memory import give_back_memory
 from paper.cases import Case, case_of
 from peak_meter import PeakMeter
 
@@ -74,7 +74,7 @@ def perform(run: Run, folder: str) -> Outcome:
         data_collator=collator,
         **options(run, case, model),
     )
-    give_back_memory()  # what the warm-up has left, and the texts that were tokenized
+    gc.collect()  # what the warm-up has left
     error, started = "", time.perf_counter()
     with PeakMeter(run.device) as meter:
         if run.is_limited:
