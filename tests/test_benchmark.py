@@ -191,3 +191,41 @@ def script() -> ModuleType:
     import benchmark
 
     return benchmark
+
+
+def test_packages_that_are_not_installed_are_left_out(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = {"mbp_pytorch", "online_dynamic_batching"}
+    monkeypatch.setitem(sys.modules, "mbp", None)
+    options = script.parser().parse_args(["--workload", "tiny", "--shapes", "8x1", "--repetitions", "1"])
+    missing = {name for name in names if not script.CONTESTANTS[name].is_installed}
+    assert {order.contestant for order in script.orders_of(options)} & names == names - missing
+    (tmp_path / "mbp.py").write_text("")
+    monkeypatch.delitem(sys.modules, "mbp")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "mbp_pytorch" in {order.contestant for order in script.orders_of(options)}
+
+
+def test_steps_without_a_trainer_have_every_row_once_an_epoch() -> None:
+    from benchmarks.contestants import Task
+    from benchmarks.workloads import WORKLOADS, Shape
+
+    workload, shape = WORKLOADS["tiny"], Shape.parse("2x4")
+    task = Task(workload=workload, shape=shape, steps=6, device="cpu", max_tokens=64, headroom_bytes=0, folder="")
+    steps = list(task.random_steps())
+    assert [len(rows) for rows in steps] == [8] * 6
+    rows = sorted(workload.rows(), key=str)
+    assert sorted((row for step in steps[:3] for row in step), key=str) == rows
+    assert sorted((row for step in steps[3:] for row in step), key=str) == rows
+    assert steps[0] != steps[3]
+
+
+def test_language_models_learn_their_tokens() -> None:
+    from benchmarks.workloads import WORKLOADS, pad
+
+    inputs = pad(WORKLOADS["jargon"].rows()[:4])
+    real = inputs["attention_mask"] == 1
+    assert inputs["labels"][real].equal(inputs["input_ids"][real])
+    assert (inputs["labels"][~real] == -100).all()
+    assert not real.all()

@@ -1,0 +1,226 @@
+"""Measures how time and memory grow with the rows of a step and with the rows of the data set.
+
+    python scripts/growth.py                             # some minutes; writes docs/growth.json and .png, and a table
+    python scripts/growth.py --quick --output /tmp/growth
+
+A tiny BERT trains on rows of lognormal lengths, which a data set makes when they are asked for; beside it the plain
+Trainer does, on 8 rows at a time. Each run is a process of its own. Memory is what the process takes at most, on top of
+what it held when model and data set were there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from matplotlib.figure import Figure
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+from hf_mbp import MBPConfig, MBPTrainer
+from marked_table import put_table
+from own_process import OwnProcesses
+from peak_meter import PeakMeter
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+MIB = 2**20
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#999999"
+
+ROWS_A_STEP = (64, 256, 1024, 4096, 8192)
+DATA_SET_ROWS = (10**3, 10**4, 10**5, 10**6, 10**7)
+BATCH, MAX_TOKENS, VOCABULARY = 8, 2048, 500
+TRAINERS = {"MBPTrainer": MBPTrainer, "Trainer": Trainer}
+
+
+class SimulatedRows(torch.utils.data.Dataset[dict[str, Any]]):
+    """Rows of random tokens, of lognormal lengths, that are made when they are read.
+
+    Args:
+        num_rows: of the data set.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        random = np.random.default_rng(index)
+        length = int(np.clip(random.lognormal(3.0, 0.8), 4, 128))
+        return {"input_ids": random.integers(5, VOCABULARY, length).tolist(), "labels": index % 2}
+
+
+def pad(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Pads with zeros."""
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
+    labels = torch.tensor([row["labels"] for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of one trainer."""
+
+    trainer: str
+    rows_a_step: int
+    data_set_rows: int
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """What a run took: seconds before its first step, microseconds for each row of the steps after it, and bytes."""
+
+    setup_seconds: float
+    microseconds_a_row: float
+    peak_bytes: int
+
+
+class StepTimes(TrainerCallback):
+    """Notes when each step ends."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Of the first, also when it begins."""
+        if not self.ends:
+            self.ends.append(time.perf_counter())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """After the optimizer has stepped."""
+        self.ends.append(time.perf_counter())
+
+
+def perform(run: Run) -> Growth:
+    """Trains as `run` says."""
+    transformers.logging.set_verbosity_error()
+    transformers.set_seed(0)
+    torch.set_num_threads(1)
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as folder, PeakMeter("cpu") as meter:
+        options = {"mbp_config": MBPConfig(max_tokens_per_micro_batch=MAX_TOKENS)} if run.trainer != "Trainer" else {}
+        trainer = TRAINERS[run.trainer](
+            model=BertForSequenceClassification(config),
+            args=TrainingArguments(
+                output_dir=folder,
+                per_device_train_batch_size=BATCH,
+                gradient_accumulation_steps=run.rows_a_step // BATCH,
+                max_steps=run.steps,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+                use_cpu=True,
+            ),
+            train_dataset=SimulatedRows(run.data_set_rows),
+            data_collator=pad,
+            callbacks=[times],
+            **options,
+        )
+        started = time.perf_counter()
+        trainer.train()
+    seconds = np.diff(times.ends)[1:]  # the first step also warms up
+    return Growth(
+        setup_seconds=times.ends[0] - started,
+        microseconds_a_row=float(np.median(seconds)) / run.rows_a_step * 1e6,
+        peak_bytes=meter.peak_bytes,
+    )
+
+
+def runs_of(*, quick: bool) -> dict[str, list[Run]]:
+    """What is measured: along the rows of a step, and along those of the data set."""
+    steps, sets = (ROWS_A_STEP[:2], DATA_SET_ROWS[:2]) if quick else (ROWS_A_STEP, DATA_SET_ROWS)
+    return {
+        "rows a step": [
+            Run(trainer=trainer, rows_a_step=rows, data_set_rows=4 * rows, steps=4)
+            for rows in steps
+            for trainer in TRAINERS
+        ],
+        "rows of the data set": [
+            Run(trainer=trainer, rows_a_step=64, data_set_rows=rows, steps=8) for rows in sets for trainer in TRAINERS
+        ],
+    }
+
+
+def measured(runs: dict[str, list[Run]]) -> list[dict[str, Any]]:
+    """Records of all runs."""
+    processes, records = OwnProcesses(preload=[]), []
+    for along, of_axis in runs.items():
+        for run in of_axis:
+            growth = processes.run(perform, run)
+            records.append({"along": along, **asdict(run), **asdict(growth)})
+            print(table_row(records[-1]), flush=True)
+    return records
+
+
+HEADER = (
+    "| trainer | rows a step | rows of the data set | microseconds a row | seconds before the first step | "
+    "peak (MiB) |\n| --- | ---: | ---: | ---: | ---: | ---: |"
+)
+
+
+def table_row(record: dict[str, Any]) -> str:
+    """A run."""
+    return (
+        f"| `{record['trainer']}` | {record['rows_a_step']:,} | {record['data_set_rows']:,} | "
+        f"{record['microseconds_a_row']:,.0f} | {record['setup_seconds']:.2f} | {record['peak_bytes'] / MIB:,.0f} |"
+    )
+
+
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """Time for each row and memory, along both."""
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    grid = figure.subplots(2, 2, sharey="row")
+    places = [("rows a step", "rows_a_step"), ("rows of the data set", "data_set_rows")]
+    values = [("microseconds a row", "microseconds_a_row", 1), ("peak memory (MiB)", "peak_bytes", MIB)]
+    for line, (label, name, unit) in zip(grid, values, strict=True):
+        for axes, (along, key) in zip(line, places, strict=True):
+            for trainer, colour in zip(TRAINERS, (BLUE, ORANGE), strict=True):
+                own = [record for record in records if record["along"] == along and record["trainer"] == trainer]
+                axes.plot(
+                    [record[key] for record in own],
+                    [record[name] / unit for record in own],
+                    color=colour,
+                    marker="o",
+                    label=trainer,
+                )
+            axes.set(xscale="log", xlabel=along)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(color=GREY, alpha=0.25, linewidth=0.6)
+            axes.set_ylim(bottom=0)
+        line[0].set_ylabel(label)
+    grid[0, 0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> int:
+    """Measures, draws, and puts the table into the documentation."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the smallest two of each; leaves the page as it is")
+    parser.add_argument("--output", default=str(ROOT / "docs" / "growth"), help="without .json and .png")
+    options = parser.parse_args()
+    print(HEADER, flush=True)
+    records = measured(runs_of(quick=options.quick))
+    Path(f"{options.output}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    draw(records, Path(f"{options.output}.png"))
+    if not options.quick:
+        put_table(PAGE, "growth", "\n".join([HEADER, *map(table_row, records)]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
