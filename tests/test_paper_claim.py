@@ -37,7 +37,7 @@ def test_a_mini_batch_as_large_as_the_data_set(tmp_path: Path) -> None:
     assert result["fits"] < result["data_set_rows"]
     assert (tmp_path / "claim.png").stat().st_size > 10_000
     page = (tmp_path / "claim.md").read_text()
-    assert "| `Trainer` | 384 | 48 MiB | **fails**" in page
+    assert "| `Trainer` | 192 | 48 MiB | **fails**" in page
 
 
 def test_a_long_run_keeps_under_its_limit(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -64,7 +65,7 @@ def perform(run: Run, folder: str) -> Outcome:
     case = case_of(run.case)
     warm_up(run, case, folder)
     transformers.set_seed(0)
-    model, rows, collator = case.prepare(run.rows)
+    model, rows, collator = case.prepare(run.rows, Path(folder))
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # else read from disk at its first use, and counted then
     trainer = TRAINERS[run.trainer](
@@ -96,7 +97,7 @@ def perform(run: Run, folder: str) -> Outcome:
 
 def warm_up(run: Run, case: Case, folder: str) -> None:
     """Trains a step of two rows, so that code, which is read from disk at its first use, counts as being there."""
-    model, rows, collator = case.prepare(2)
+    model, rows, collator = case.prepare(2, Path(folder))
     run = replace(run, rows=2, steps=1)
     TRAINERS[run.trainer](
         model=model, args=arguments(run, case, folder), train_dataset=rows, data_collator=collator
