@@ -15,9 +15,8 @@ more of them. Where two prices next to each other skip the number, the front of 
 together (after Aggarwal, Schieber and Tokuyama, 1994).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from math import ceil
 from typing import Any, TypeAlias
 
@@ -30,9 +29,10 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 BLOCK = 32
 """Ends that are looked at together: enough for arrays to pay, and few against the length of a group."""
 
-CLOSE_ENOUGH = 1.01
-"""How much more time than the least possible a plan with an exact number of groups may take where rows have several
-lengths. Only then can it take more at all; the number is met so that ranks need not wait for each other."""
+GOOD_ENOUGH, CLOSE_ENOUGH = 1.001, 1.01
+"""How much more than the least time a plan with an exact number of groups may take. The search ends where it surely is
+good enough. For rows of several lengths it can end before that: then close enough is taken, because all that is left is
+to search for each smaller number of groups as well, which takes long."""
 
 ROUNDING = 1e-9
 """Times that differ by a smaller part than this are equal."""
@@ -177,40 +177,70 @@ def _times_in_block(rows: SortedRows, starts: Ints, longest: Ints, inside: Ints)
 
 
 class _Plan:
-    """Where rows are cut, and what the groups take without their overheads."""
+    """Where rows are cut, what the groups take without overheads, and the overhead for which that is the best."""
 
-    def __init__(self, rows: SortedRows, cuts: list[int]) -> None:
+    def __init__(self, rows: SortedRows, cuts: list[int], overhead: float) -> None:
         self.cuts = np.array(cuts)
         self.times = rows.times_between(self.cuts[:-1], self.cuts[1:])
         self.time = float(self.times.sum())
         self.count = len(self.times)
+        self.overhead = overhead
+
+    def bound(self, count: int) -> float:
+        """The least that `count` groups can take: with the overheads no less than this plan."""
+        return self.time + self.overhead * (self.count - count)
 
 
 def best_cuts_into(rows: SortedRows, count: int, overhead: float) -> list[int] | None:
     """Positions at which to cut for the least time of `count` groups; `None` if these are too few.
 
-    It is the least time exactly for rows of one length, and else at most `CLOSE_ENOUGH` times that. `overhead` is what
-    a group costs where the number is free: the search begins there. It goes on between a plan of fewer and one of more
-    groups, with the overhead at which both are equally good, until no other plan is better than both.
+    The time, overheads included, is at most `GOOD_ENOUGH` times the least for rows of one length, and `CLOSE_ENOUGH`
+    times for others. `overhead` is what a group costs where the number is free: the search begins there. It goes on
+    between a plan of fewer and one of more groups, until one of them, or what is made of both, will do. Every other
+    time it tries the overhead at which both are equally good: if nothing is better than both then, it cannot go on. In
+    between it guesses, which is faster.
     """
 
-    def priced(overhead: float) -> _Plan:
-        return _Plan(rows, best_cuts(rows, overhead))
+    def priced(price: float) -> _Plan:
+        return _Plan(rows, best_cuts(rows, price), price)
 
-    free, single = priced(overhead), _Plan(rows, list(range(len(rows) + 1)))
+    free, single = priced(overhead), _Plan(rows, list(range(len(rows) + 1)), 0.0)
     fewest, most = (free, single) if free.count <= count else (priced(_prohibitive(rows, single.time)), free)
     if count < fewest.count:
         return None
+    bound, guesses, may_exceed = max(0.0, free.bound(count)), True, GOOD_ENOUGH
     while fewest.count < count < most.count:
-        overhead = (fewest.time - most.time) / (most.count - fewest.count)
-        between = priced(overhead)
-        least = fewest.time + overhead * fewest.count
-        if between.time + overhead * between.count >= least - ROUNDING * fewest.time:
-            time, joined = min(_joined(rows, fewest, most, count), _joined(rows, most, fewest, count))
-            is_close = time <= CLOSE_ENOUGH * (least - overhead * count)
-            return joined if is_close else _best_cuts_by_count(rows, count)
-        fewest, most = (between, most) if between.count <= count else (fewest, between)
+        time, joined = min(_joined(rows, fewest, most, count), _joined(rows, most, fewest, count))
+        if time + overhead * count <= may_exceed * (bound + overhead * count):
+            return joined
+        if may_exceed == CLOSE_ENOUGH:
+            return _best_cuts_by_count(rows, count)
+        between = priced(_guess(fewest, most, count) if guesses else _balance(fewest, most))
+        bound = max(bound, between.bound(count))
+        if not guesses and between.bound(fewest.count) >= (1 - ROUNDING) * fewest.time:
+            may_exceed = CLOSE_ENOUGH
+        else:
+            fewest, most = _closer(fewest, most, between, count)
+        guesses = not guesses
     return (fewest if fewest.count == count else most).cuts.tolist()
+
+
+def _balance(fewest: _Plan, most: _Plan) -> float:
+    """The overhead at which two plans are equally good."""
+    return (fewest.time - most.time) / (most.count - fewest.count)
+
+
+def _closer(fewest: _Plan, most: _Plan, between: _Plan, count: int) -> tuple[_Plan, _Plan]:
+    """The plans of fewer and of more groups with another one in the place of either."""
+    if not fewest.count <= between.count <= most.count:
+        return fewest, most
+    return (between, most) if between.count <= count else (fewest, between)
+
+
+def _guess(fewest: _Plan, most: _Plan, count: int) -> float:
+    """An overhead between those of two plans: padding falls with 1 / groups, so overheads with its derivative."""
+    few, many, wanted = (1 / groups**2 for groups in (fewest.count, most.count, count))
+    return most.overhead + (fewest.overhead - most.overhead) * (wanted - many) / (few - many)
 
 
 def _prohibitive(rows: SortedRows, time_one_by_one: float) -> float:

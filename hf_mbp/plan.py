@@ -14,7 +14,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from hf_mbp.cuts import Floats, Ints, SortedRows, best_cuts, best_cuts_into
+from hf_mbp.cuts import Floats as Floats
+from hf_mbp.cuts import Ints as Ints
+from hf_mbp.cuts import SortedRows, best_cuts, best_cuts_into
 
 Size: TypeAlias = int | tuple[int, ...]
 """Length of a row, or its lengths where parts are padded separately: (source, target) of an encoder-decoder."""
@@ -26,8 +28,8 @@ class Cost:
 
     `overhead` is what a micro-batch costs whatever its size (kernel launches, adding gradients to parameters), `cell`
     what each padded token costs, and `attention` what each pair of positions in a row costs. The planner minimises
-    the sum over the micro-batches. What cells and pairs cost together counts as at least `floor`: where the device waits
-    for its host to launch kernels, it computes a few cells meanwhile for nothing.
+    the sum over the micro-batches. What cells and pairs cost together counts as at least `floor`: a device that waits for
+    its host to launch kernels could compute as many cells meanwhile.
     """
 
     overhead: float = 32.0
