@@ -4,7 +4,7 @@ The least time of the first `end` rows is that of the first `start` rows, plus t
 `start`. Two observations keep the search for it short, and exact:
 
 * Rows of one length, the longest first: of two starts the later one has the narrower group, which takes less for each
-  further row. Once it is as good as the earlier one it stays so, and the earlier one is forgotten. A queue of starts
+  further row. Once it is better than the earlier one it stays so, and the earlier one is forgotten. A queue of starts
   with the ends from which each is the best finds all cuts in one pass (after Galil and Park, 1992).
 * Any rows: a group takes no less than its two parts do without the second one's overhead. So a start from which a cut
   at `k` is as good as none is of no use beyond `k` (after PELT; Killick et al., 2012). What is left are few starts, and
@@ -17,7 +17,7 @@ together (after Aggarwal, Schieber and Tokuyama, 1994).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil
+from math import floor as floor_of
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,7 +26,7 @@ import numpy.typing as npt
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
 
-BLOCK = 32
+BLOCK = 64
 """Ends that are looked at together: enough for arrays to pay, and few against the length of a group."""
 
 GOOD_ENOUGH, CLOSE_ENOUGH = 1.001, 1.01
@@ -86,23 +86,23 @@ def _starts_of_one_length(rows: SortedRows, overhead: float) -> list[int]:
     in front where the next takes over, and in the back where a later one takes over before it would have its turn.
     """
     num_rows, floor = len(rows), rows.floor
-    time_of_row = rows.time_of_row(rows.sizes[:, 0]).tolist()
-    last_end = (np.arange(num_rows) + _most_rows(rows)).tolist()
+    time_of_row: list[float] = rows.time_of_row(rows.sizes[:, 0]).tolist()
+    last_end: list[int] = (np.arange(num_rows) + _most_rows(rows)).tolist()
     best, best_start = [0.0] * (num_rows + 1), [0] * (num_rows + 1)
 
     def time(start: int, end: int) -> float:
         return best[start] + max(floor, (end - start) * time_of_row[start])
 
     def take_over(old: int, new: int) -> int:
-        """The first end at which `new` is as good as `old`, or `old` no longer fits."""
+        """The first end at which `new` is better than `old`, or `old` no longer fits."""
         slope, gained = time_of_row[old], time_of_row[old] - time_of_row[new]
-        if time(new, new + 1) <= time(old, new + 1):
+        if time(new, new + 1) < time(old, new + 1):
             return new + 1
         ahead = best[new] - best[old] - (new - old) * slope
-        if slope == 0 or (gained == 0 and ahead > 0):
-            return int(last_end[old] + 1)
-        crossing = new + max(ahead / gained if gained else 0.0, (ahead + floor) / slope)
-        return max(new + 1, ceil(min(crossing, last_end[old] + 1)))
+        if slope == 0 or (gained == 0 and ahead >= 0):
+            return last_end[old] + 1
+        as_good = new + max(ahead / gained if gained else 0.0, (ahead + floor) / slope)
+        return max(new + 1, floor_of(min(as_good, last_end[old])) + 1)
 
     queue, since, front = [0], [1], 0
     for end in range(1, num_rows + 1):
@@ -222,7 +222,8 @@ def best_cuts_into(rows: SortedRows, count: int, overhead: float) -> list[int] |
         else:
             fewest, most = _closer(fewest, most, between, count)
         guesses = not guesses
-    return (fewest if fewest.count == count else most).cuts.tolist()
+    found: list[int] = (fewest if fewest.count == count else most).cuts.tolist()
+    return found
 
 
 def _balance(fewest: _Plan, most: _Plan) -> float:

@@ -28,8 +28,8 @@ class Cost:
 
     `overhead` is what a micro-batch costs whatever its size (kernel launches, adding gradients to parameters), `cell`
     what each padded token costs, and `attention` what each pair of positions in a row costs. The planner minimises
-    the sum over the micro-batches. What cells and pairs cost together counts as at least `floor`: a device that waits for
-    its host to launch kernels could compute as many cells meanwhile.
+    the sum over the micro-batches. What cells and pairs cost together counts as at least `floor`: a device that waits
+    for its host to launch kernels could compute as much meanwhile.
     """
 
     overhead: float = 32.0
@@ -180,12 +180,13 @@ def plan_rows(sizes: Ints, budget: Budget, cost: Cost, *, num_micro_batches: int
         cuts = best_cuts(rows, cost.overhead)
     else:
         _check_count(num_micro_batches, num_rows)
-        cuts = best_cuts_into(rows, int(num_micro_batches), cost.overhead)
-        if cuts is None:
+        exactly = best_cuts_into(rows, int(num_micro_batches), cost.overhead)
+        if exactly is None:
             raise ValueError(
                 f"num_micro_batches={num_micro_batches} is too few: {num_rows} rows need more micro-batches to "
                 f"respect {budget}."
             )
+        cuts = exactly
     return [order[start:end].tolist() for start, end in pairwise(cuts)]
 
 
