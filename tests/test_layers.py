@@ -136,6 +136,7 @@ def test_the_parser_sees_the_imports_there_are() -> None:
     ("layer", "must_not_import"),
     [
         ("plan", {"torch", "transformers", "accelerate", "datasets"}),
+        ("cuts", {"torch", "transformers", "accelerate", "datasets"}),
         ("step", {"transformers", "accelerate", "datasets"}),
         ("distributed", {"transformers", "datasets"}),
     ],
