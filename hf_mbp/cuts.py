@@ -7,8 +7,8 @@ The least time of the first `end` rows is that of the first `start` rows, plus t
   further row. Once it is better than the earlier one it stays so, and the earlier one is forgotten. A queue of starts
   with the ends from which each is the best finds all cuts in one pass (after Galil and Park, 1992).
 * Any rows: a group takes no less than its two parts do without the second one's overhead. So a start from which a cut
-  at `k` is as good as none is of no use beyond `k` (after PELT; Killick et al., 2012). What is left are few starts, and
-  these are compared for a block of ends at a time.
+  at `k` is as good as none is of no use beyond `k` (after PELT; Killick et al., 2012). Nor is one that a later start
+  has overtaken for good. What is left are few starts, and these are compared for a block of ends at a time.
 
 An exact number of groups is asked for by a price: the same search with another overhead for each group makes fewer or
 more of them. Where two prices next to each other skip the number, the front of one plan and the back of another are put
@@ -137,11 +137,14 @@ def _most_rows(rows: SortedRows) -> Ints:
 def _starts_of_any(rows: SortedRows, overhead: float) -> Ints:
     """The same for rows of any lengths.
 
-    `starts` are those before a block of ends that may still be of use, and `longest` the longest parts from each on.
+    `starts` are those before a block of ends that may still be of use, and `longest` the longest parts from each on;
+    `to_come` are the longest parts that any later group can have.
     """
     num_rows = len(rows)
     best, best_start = np.zeros(num_rows + 1), np.zeros(num_rows + 1, dtype=np.int64)
     starts, longest = np.zeros(0, dtype=np.int64), np.zeros((0, rows.sizes.shape[1]), dtype=np.int64)
+    no_row = np.zeros((1, longest.shape[1]), dtype=np.int64)
+    to_come = np.maximum.accumulate(np.concatenate([no_row, rows.sizes[::-1]]), axis=0)[::-1]
     for block in range(0, num_rows, BLOCK):
         sizes = rows.sizes[block : block + BLOCK]
         inside = block + np.arange(len(sizes))
@@ -158,8 +161,24 @@ def _starts_of_any(rows: SortedRows, overhead: float) -> Ints:
         totals = best[starts, None] + times
         best_start[ends] = starts[totals.argmin(axis=0)]
         of_use = totals[:, -1] - rows.floor < best[ends.stop - 1]
+        starts, longest, total = starts[of_use], longest[of_use], totals[of_use, -1]
+        most_width = np.maximum(longest, to_come[ends.stop - 1]).sum(axis=1)
+        most_total = best[starts] + np.maximum(rows.floor, (ends.stop - 1 - starts) * rows.time_of_row(most_width))
+        of_use = ~_is_overtaken(longest.sum(axis=1), total, most_width, most_total)
         starts, longest = starts[of_use], longest[of_use]
     return best_start
+
+
+def _is_overtaken(width: Ints, total: Floats, most_width: Ints, most_total: Floats) -> npt.NDArray[np.bool_]:
+    """Of which starts a later one has at most the width and the total, even if it were as wide as it can ever get.
+
+    It stays so: with each further row the earlier one takes at least as much more. Widths fall from start to start.
+    """
+    later = np.maximum(
+        len(width) - np.searchsorted(most_width[::-1], width, side="right"), np.arange(1, len(width) + 1)
+    )
+    least = np.minimum.accumulate(np.append(most_total, np.inf)[::-1])[::-1]
+    return np.asarray(least[later] <= total)
 
 
 def _times_in_block(rows: SortedRows, starts: Ints, longest: Ints, inside: Ints) -> tuple[Floats, Ints]:
