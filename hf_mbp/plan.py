@@ -2,8 +2,8 @@
 
 A micro-batch of rows whose lengths differ is padded to its longest row, so it costs `rows x width` cells. Sorting the
 rows by length and cutting the sorted list into contiguous groups gives, for any group sizes, the smallest widths
-possible. What is left to choose is where to cut, and dynamic programming over the cut positions finds the cheapest
-plan among those that respect the budget.
+possible. What is left to choose is where to cut, so that the plan is the cheapest among those that respect the budget;
+see `cuts.py`.
 """
 
 import warnings
@@ -13,10 +13,11 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-Floats: TypeAlias = npt.NDArray[np.float64]
-Ints: TypeAlias = npt.NDArray[np.int64]
+from hf_mbp.cuts import Floats as Floats
+from hf_mbp.cuts import Ints as Ints
+from hf_mbp.cuts import SortedRows, best_cuts, best_cuts_into
+
 Size: TypeAlias = int | tuple[int, ...]
 """Length of a row, or its lengths where parts are padded separately: (source, target) of an encoder-decoder."""
 
@@ -27,12 +28,14 @@ class Cost:
 
     `overhead` is what a micro-batch costs whatever its size (kernel launches, adding gradients to parameters), `cell`
     what each padded token costs, and `attention` what each pair of positions in a row costs. The planner minimises
-    the sum over the micro-batches. Any model that falls neither with rows nor with width could stand here.
+    the sum over the micro-batches. What cells and pairs cost together counts as at least `floor`: a device that waits
+    for its host to launch kernels could compute as much meanwhile.
     """
 
     overhead: float = 32.0
     cell: float = 1.0
     attention: float = 0.0
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -41,7 +44,11 @@ class Cost:
 
     def __call__(self, rows: Ints, width: Ints) -> Floats:
         """Modelled time of micro-batches of `rows` rows padded to `width`."""
-        return np.asarray(self.overhead + rows * (width * (self.cell + self.attention * width)), dtype=np.float64)
+        return np.asarray(self.overhead + np.maximum(self.floor, rows * self.of_row(width)), dtype=np.float64)
+
+    def of_row(self, width: Ints) -> Floats:
+        """Modelled time of what one row adds to a micro-batch padded to `width`, but for the floor."""
+        return np.asarray(width * (self.cell + self.attention * width), dtype=np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +114,8 @@ def plan_micro_batches(
     Args:
         lengths: tokens of each row; a tuple `(source, target)` where two parts are padded separately.
         max_tokens: cap on the cells, `rows x width`, of a micro-batch.
-        num_micro_batches: ask for exactly that many.
+        num_micro_batches: ask for exactly that many. The modelled time is then at most 0.1 % above the smallest, or
+            1 % where rows have two lengths.
 
     Returns:
         The row indices of each micro-batch.
@@ -167,10 +175,19 @@ def round_up(sizes: Ints, multiple: int | None) -> Ints:
 def plan_rows(sizes: Ints, budget: Budget, cost: Cost, *, num_micro_batches: int | None = None) -> list[list[int]]:
     """The cheapest plan for rows of the given `sizes` `[rows, parts]`; see `plan_micro_batches`."""
     num_rows = len(sizes)
-    if num_micro_batches is not None:
-        _check_count(num_micro_batches, num_rows)
     order = np.argsort(-sizes.sum(axis=1), kind="stable")
-    cuts = _best_cuts(sizes[order], budget, cost, num_micro_batches)
+    rows = SortedRows(sizes=sizes[order], fits=budget.fits, time_of_row=cost.of_row, floor=cost.floor)
+    if num_micro_batches is None:
+        cuts = best_cuts(rows, cost.overhead)
+    else:
+        _check_count(num_micro_batches, num_rows)
+        exactly = best_cuts_into(rows, int(num_micro_batches), cost.overhead)
+        if exactly is None:
+            raise ValueError(
+                f"num_micro_batches={num_micro_batches} is too few: {num_rows} rows need more micro-batches to "
+                f"respect {budget}."
+            )
+        cuts = exactly
     return [order[start:end].tolist() for start, end in pairwise(cuts)]
 
 
@@ -181,56 +198,3 @@ def _check_count(num_micro_batches: Any, num_rows: int) -> None:
         raise ValueError(
             f"num_micro_batches={num_micro_batches} is impossible for {num_rows} rows: every micro-batch needs a row."
         )
-
-
-def _best_cuts(sizes: Ints, budget: Budget, cost: Cost, num_groups: int | None) -> list[int]:
-    """Positions [0, ..., rows] at which to cut the sorted rows.
-
-    `best[layer, i]` is the least cost of the first `i` rows; a layer holds the plans with that many micro-batches,
-    and one layer holds all where the number is free.
-    """
-    num_rows = len(sizes)
-    layers = 1 if num_groups is None else num_groups + 1
-    best = np.full((layers, num_rows + 1), np.inf)
-    best[0, 0] = 0.0
-    last_cut = np.zeros((layers, num_rows + 1), dtype=np.int64)
-    before, after = (best, best) if num_groups is None else (best[:-1], best[1:])
-    last_cut_after = last_cut if num_groups is None else last_cut[1:]
-    for start in range(num_rows):
-        costs = _costs_from(sizes, start, budget, cost)
-        reach = slice(start + 1, start + 1 + len(costs))
-        candidates = before[:, start, None] + costs
-        better = candidates < after[:, reach]
-        after[:, reach][better] = candidates[better]
-        last_cut_after[:, reach][better] = start
-    if np.isinf(best[-1, -1]):
-        raise ValueError(
-            f"num_micro_batches={num_groups} is too few: {num_rows} rows need more micro-batches to respect {budget}."
-        )
-    return _walk_back(last_cut, num_groups)
-
-
-def _costs_from(sizes: Ints, start: int, budget: Budget, cost: Cost) -> Floats:
-    """Costs of the groups [start, start + 1), [start, start + 2), ... while they fit; the first always does."""
-    band = sizes[start : start + _most_rows(int(sizes[start].sum()), budget, len(sizes) - start)]
-    rows = np.arange(1, len(band) + 1)
-    width = np.maximum.accumulate(band, axis=0).sum(axis=1)
-    fits = budget.fits(rows, width) & np.ones(len(band), dtype=bool)
-    fits[0] = True
-    num_fit = len(band) if fits.all() else int(np.argmin(fits))
-    return cost(rows[:num_fit], width[:num_fit])
-
-
-def _most_rows(width: int, budget: Budget, num_rows: int) -> int:
-    """An upper bound of how many of `num_rows` rows fit beside a row of `width`, to keep the search short."""
-    max_tokens = budget.tokens_at(width)
-    return num_rows if not max_tokens else min(num_rows, max(1, max_tokens // width + 1))
-
-
-def _walk_back(last_cut: Ints, num_groups: int | None) -> list[int]:
-    cuts = [last_cut.shape[1] - 1]
-    layer = 0 if num_groups is None else num_groups
-    while cuts[-1] > 0:
-        cuts.append(int(last_cut[layer, cuts[-1]]))
-        layer -= num_groups is not None
-    return cuts[::-1]

@@ -26,17 +26,21 @@ shorter rows it is measured at their whole width and at half of it."""
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceClass:
-    """What a kind of device does in a second, in orders of magnitude, for the cost model of the planner."""
+    """What a kind of device does in a second, in orders of magnitude, for the cost model of the planner.
+
+    `queues` says that the device computes while its host launches what comes next, so that only the longer counts.
+    """
 
     flops: float
     bytes: float
     launches: float
+    queues: bool = False
 
 
 DEVICE_CLASSES = {
     "cpu": DeviceClass(flops=1e11, bytes=1e10, launches=1e5),  # a few cores
     "mps": DeviceClass(flops=5e12, bytes=2e11, launches=5e4),
-    "cuda": DeviceClass(flops=1e14, bytes=1e12, launches=1e5),
+    "cuda": DeviceClass(flops=1e14, bytes=1e12, launches=1e5, queues=True),  # 10 us a launch, its Python included
 }
 """Constants and not measurements, so that plans are the same in every run."""
 
@@ -49,15 +53,23 @@ def cost_of(model: torch.nn.Module, device: torch.device) -> Cost:
 
     A cell costs six floating point operations for each weight it is multiplied with, forward and backward together;
     a pair of positions twelve for each layer and hidden unit. A micro-batch costs the launch of its kernels, and
-    reading and writing each trainable parameter's gradient, whatever its size.
+    reading and writing each trainable parameter's gradient, whatever its size. Where the device queues what is
+    launched, the launches are hidden behind the computation, and are the least that it takes.
     """
     speed = DEVICE_CLASSES.get(device.type, DEVICE_CLASSES["cuda"])
     layers, hidden = _shape(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradient_bytes = 3 * sum(wrapped.num_elements(parameter) * parameter.element_size() for parameter in trainable)
     cell = 6.0 * max(1, _multiplied_weights(model))
-    seconds = OPERATORS_PER_LAYER * max(1, layers) / speed.launches + gradient_bytes / speed.bytes
-    return Cost(overhead=seconds * speed.flops / cell, cell=1.0, attention=12.0 * layers * hidden / cell)
+    to_launch, to_add = OPERATORS_PER_LAYER * max(1, layers) / speed.launches, gradient_bytes / speed.bytes
+    overhead, floor = (to_add, to_launch) if speed.queues else (to_launch + to_add, 0.0)
+    cells_per_second = speed.flops / cell
+    return Cost(
+        overhead=overhead * cells_per_second,
+        cell=1.0,
+        attention=12.0 * layers * hidden / cell,
+        floor=floor * cells_per_second,
+    )
 
 
 def _shape(model: torch.nn.Module) -> tuple[int, int]:

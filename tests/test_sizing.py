@@ -120,9 +120,14 @@ def test_frozen_weights_have_no_gradients_to_add_up() -> None:
     assert frozen.attention == full.attention
 
 
-def test_a_micro_batch_costs_more_cells_on_a_gpu() -> None:
+def test_launches_take_more_cells_on_a_gpu_and_are_hidden_behind_many_cells() -> None:
     model = build(BertForMaskedLM, bert_config())
-    assert cost_of(model, torch.device("cuda")).overhead > 10 * cost_of(model, CPU).overhead
+    cpu, gpu = cost_of(model, CPU), cost_of(model, torch.device("cuda"))
+    assert cpu.floor == 0
+    assert gpu.floor > 10 * cpu.overhead
+    rows, few, many = np.array(1), np.array(1), np.array(10 * int(gpu.floor))
+    assert gpu(rows, few) == gpu.overhead + gpu.floor
+    assert gpu(rows, many) == gpu.overhead + gpu.of_row(many)
 
 
 def test_a_model_that_does_not_tell_its_shape_has_no_attention() -> None:
