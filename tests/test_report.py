@@ -1,12 +1,13 @@
 """Logged numbers are sums over steps and ranks, checked by hand on small steps."""
 
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BertForMaskedLM
+from transformers import BertForMaskedLM, BertForSequenceClassification
 
 from hf_mbp import report
 from hf_mbp.plan import as_sizes
@@ -349,3 +350,14 @@ def test_a_second_run_counts_from_zero(tmp_path: Path) -> None:
     trainer, first = trained(tmp_path, max_steps=2)
     second = trainer.train().metrics
     assert second["mbp_tokens"] == first["mbp_tokens"]
+
+
+def test_the_script_prints_the_own_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import overhead
+
+    monkeypatch.setattr(overhead, "ROWS", 4)
+    monkeypatch.setattr(overhead, "STEPS", 3)
+    tiny = bert_config(vocab_size=2000, max_position_embeddings=512)
+    monkeypatch.setattr(overhead, "make_model", lambda path: build(BertForSequenceClassification, tiny))
+    overhead.main(None)
+    assert re.search(r"Own time of the library: \d+\.\d\d% of a step \(.* in 2 steps of", capsys.readouterr().out)
