@@ -227,7 +227,23 @@ def items_argument(trainer: Any, num_items: float) -> torch.Tensor | None:
     is_overridden = type(trainer).compute_loss is not Trainer.compute_loss or "compute_loss" in vars(trainer)
     if trainer.compute_loss_func is None and not is_overridden:
         return None
-    return torch.tensor(num_items or 1, device=trainer.args.device)
+    return torch.full((), num_items or 1, device=trainer.args.device)  # a copy would wait for the device
+
+
+def operations_of(model: Any, count: Callable[[dict[str, Any]], int], micro_batches: list[dict[str, Any]]) -> int:
+    """Floating-point operations of micro-batches, where `count` is the `floating_point_ops` of a trainer.
+
+    That of stock multiplies the elements of the main input by the parameters, which it counts at every call (5.24): so
+    it is called once, with one input of as many elements, and no data. Before, models were asked, and may be.
+    """
+    name = getattr(model, "main_input_name", "input_ids")
+    is_stock = getattr(count, "__func__", None) is Trainer.floating_point_ops and not hasattr(
+        model, "floating_point_ops"
+    )
+    if is_stock and all(isinstance(inputs.get(name), torch.Tensor) for inputs in micro_batches):
+        elements = sum(inputs[name].numel() for inputs in micro_batches)
+        micro_batches = [{name: torch.empty(elements, device="meta")}]
+    return sum(int(count(inputs)) for inputs in micro_batches)
 
 
 def prepare_inputs(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:

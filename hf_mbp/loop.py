@@ -16,6 +16,7 @@ from hf_mbp.collate import Collator, Inputs
 from hf_mbp.distributed import Ranks
 from hf_mbp.items import checked_count, items_of
 from hf_mbp.plan import Budget, Ints, as_sizes, check_max_tokens, too_long_message
+from hf_mbp.prefetch import Prefetch
 from hf_mbp.probe import LossTraits
 from hf_mbp.recovery import Backward, ChangingBuffers, Fault, Recovery
 from hf_mbp.sizing import cost_of
@@ -119,6 +120,7 @@ def run_mini_batch(
         traits=traits,
         half=half_precision(base.parameters()) if accumulate_in_fp32 else [],
         is_compiled=wrapped.compiles(accelerator, model),
+        prefetch=Prefetch(accelerator.device, pins=True),
     )
     sizes = loop.sizes(rows, row_length)
     longest = int(sizes.sum(axis=1).max())
@@ -149,6 +151,7 @@ class _Loop:
     traits: LossTraits
     half: list[torch.nn.Parameter]
     is_compiled: bool
+    prefetch: Prefetch
     sums: Float32Sums = field(default_factory=Float32Sums)
 
     @property
@@ -184,8 +187,9 @@ class _Loop:
             return self.loss(on_device)
 
     def backward(self, micro_batch: MicroBatch) -> torch.Tensor:
-        with compat.checkpointed(self.base) if micro_batch.is_checkpointed else nullcontext():
-            value = self.value(micro_batch.inputs)
+        checkpointing = compat.checkpointed(self.base) if micro_batch.is_checkpointed else nullcontext()
+        with checkpointing, self.prefetch.on_device(micro_batch) as inputs:
+            value = self.value(inputs)
             _require_scalar(value)
             self.accelerator.backward(value * micro_batch.weight)
         self.sums.add(self.half)
@@ -214,6 +218,7 @@ class _Loop:
             return torch.zeros((), device=self.accelerator.device)
         self.sums.restart()
         self.sums.add(self.half)
+        self.prefetch.start(micro_batches)
         return run_micro_batches(
             micro_batches,
             backward,

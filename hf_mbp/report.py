@@ -4,13 +4,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from hf_mbp.distributed import Ranks
 from hf_mbp.plan import Ints
 from hf_mbp.recovery import Fault
 from hf_mbp.step import MicroBatch
 
-MEASURED = ("mbp_tokens_per_second", "mbp_peak_memory_bytes")
+MEASURED = ("mbp_tokens_per_second", "mbp_overhead_fraction", "mbp_peak_memory_bytes")
 """Log entries that differ from run to run."""
 
 
@@ -35,6 +36,7 @@ class Counts:
     unsplit_cells: int = 0
     seconds: float = 0.0
     collation_seconds: float = 0.0
+    overhead_seconds: float = 0.0
     oom_retries: int = 0
 
     def add(self, other: "Counts") -> None:
@@ -43,10 +45,14 @@ class Counts:
             setattr(self, name, getattr(self, name) + value)
 
     def over(self, ranks: Ranks) -> "Counts":
-        """Of all ranks: cells and tokens are added up, steps, micro-batches and seconds are those of the slowest."""
+        """Of all ranks: cells and tokens are added up, steps, micro-batches and seconds are those of the slowest.
+
+        Overhead is that of the rank with the least, because the others also wait for it in theirs; what delays all is
+        in that of all.
+        """
         gathered = zip(*ranks.gather(*vars(self).values()), strict=True)
         values = dict(zip(vars(self), gathered, strict=True))
-        merge = {"cells": sum, "tokens": sum, "unsplit_cells": sum}
+        merge: dict[str, Any] = {"cells": sum, "tokens": sum, "unsplit_cells": sum, "overhead_seconds": min}
         merged = {name: merge.get(name, max)(numbers) for name, numbers in values.items()}
         return Counts(**{name: value if "seconds" in name else int(value) for name, value in merged.items()})
 
@@ -54,6 +60,11 @@ class Counts:
     def tokens_per_second(self) -> float:
         """Tokens that are not padding, a second; 0 if no time was measured."""
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def overhead_fraction(self) -> float:
+        """Share of the time of the steps that was neither forward, backward nor optimizer, but this library's own."""
+        return self.overhead_seconds / self.seconds if self.seconds else 0.0
 
     @property
     def padding_fraction(self) -> float:
@@ -99,6 +110,22 @@ class StepReport:
         yield
         self.since_log.collation_seconds += time.perf_counter() - started
 
+    @contextmanager
+    def overhead(self) -> Iterator[None]:
+        """Around what this library does in a step, from reading its rows on: host time, but for what is `computing`."""
+        started = time.perf_counter()
+        yield
+        self.since_log.overhead_seconds += time.perf_counter() - started
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Within `overhead`: around forward and backward passes of the next class, and the reduction of gradients."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:  # a pass that runs out of memory is survived
+            self.since_log.overhead_seconds -= time.perf_counter() - started
+
     def slow_collation_note(self) -> str | None:
         """What to do about collation that takes much of the time, once there were enough steps to tell."""
         steps = self.total.steps + self.since_log.steps
@@ -136,6 +163,7 @@ class StepReport:
             "mbp_micro_batches": counts.micro_batches / max(counts.steps, 1),
             "mbp_padding_fraction": counts.padding_fraction,
             "mbp_tokens_per_second": counts.tokens_per_second,
+            "mbp_overhead_fraction": counts.overhead_fraction,
             "mbp_cells": counts.cells,
             "mbp_tokens": counts.tokens,
             "mbp_max_tokens": self.max_tokens,
@@ -155,6 +183,7 @@ class StepReport:
             "mbp_padding_fraction": counts.padding_fraction,
             "mbp_padding_fraction_unsplit": counts.padding_fraction_unsplit,
             "mbp_tokens_per_second": counts.tokens_per_second,
+            "mbp_overhead_fraction": counts.overhead_fraction,
             "mbp_oom_retries": counts.oom_retries,
         }
 

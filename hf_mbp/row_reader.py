@@ -60,7 +60,8 @@ class RowReader:
 
         Rows that were collated in the workers lose the padding that none of their group needs, unless `keep_width`.
         """
-        return [self._settled(inputs) for inputs in self.padded(groups, keep_width=keep_width)]
+        loss, modules = self._loss_and_modules()
+        return [self._traits.settled(loss, modules, inputs) for inputs in self.padded(groups, keep_width=keep_width)]
 
     def padded(self, groups: list[list[Any]], *, keep_width: bool) -> list[Inputs]:
         """The same with the defaults of the loss not yet settled."""
@@ -99,9 +100,6 @@ class RowReader:
     def shifts_labels(self, inputs: Inputs) -> bool:
         """Whether the loss predicts the next token, so that the first label of a row is no item; found by trying."""
         return self._traits.shifts_labels(*self._loss_and_modules(), inputs)
-
-    def _settled(self, inputs: Inputs) -> Inputs:
-        return self._traits.settled(*self._loss_and_modules(), inputs)
 
     def _loss_and_modules(self) -> tuple[LossFunction, list[torch.nn.Module]]:
         return partial(probe.loss_of, self.trainer), probe.modules_of(self.trainer)

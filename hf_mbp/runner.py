@@ -14,7 +14,9 @@ from hf_mbp.call_metrics import CallMetrics
 from hf_mbp.distributed import Ranks
 from hf_mbp.feed import Feed
 from hf_mbp.first_step import protect_first_step
+from hf_mbp.prefetch import Prefetch
 from hf_mbp.recovery import Backward, Fault, Recovery
+from hf_mbp.report import StepReport
 from hf_mbp.step import MicroBatch, run_micro_batches
 
 IS_OPAQUE = (
@@ -49,12 +51,14 @@ TrainingStep = Callable[..., torch.Tensor]
 class Runner:
     """The steps of one trainer."""
 
-    def __init__(self, trainer: Any, feed: Feed, ranks: Ranks) -> None:
+    def __init__(self, trainer: Any, feed: Feed, ranks: Ranks, report: StepReport) -> None:
         self._trainer = trainer
         self._feed = feed
         self._ranks = ranks
+        self._report = report
         self._sums = Float32Sums()
         self._call_metrics = CallMetrics(trainer, ranks)
+        self._prefetch = Prefetch(trainer.args.device, pins=trainer.args.dataloader_pin_memory)
         self._recovery = Recovery(ranks, partial(probe.modules_of, trainer), self._parameters)
         self._half: list[torch.nn.Parameter] = []
         self._has_stepped = False
@@ -93,6 +97,7 @@ class Runner:
                 self._call_metrics.idle(micro_batch)
         if all(micro_batch.is_idle for micro_batch in micro_batches):
             return torch.zeros((), device=self._ranks.device)
+        self._prefetch.start(micro_batches)
         return run_micro_batches(
             micro_batches,
             backward,
@@ -111,8 +116,10 @@ class Runner:
             checkpointing,
             self._call_metrics.call(micro_batch),
             compat.weighted_loss(trainer, micro_batch.weight, micro_batch.num_items, varies=varies),
+            self._prefetch.on_device(micro_batch) as inputs,
+            self._report.computing(),
         ):
-            loss = training_step(model, dict(micro_batch.inputs), None)
+            loss = training_step(model, inputs, None)
         self._sums.add(self._half)
         return loss
 
@@ -142,7 +149,8 @@ class Runner:
         """
         self._sums.give()
         if (replicated := wrapped.replicated_in(model)) is not None:
-            wrapped.reduce_gradients(replicated)
+            with self._report.computing():
+                wrapped.reduce_gradients(replicated)
         is_first = not self._has_stepped or self._trainer.accelerator.optimizer_step_was_skipped
         if is_first and wrapped.recovers(self._trainer.accelerator):
             protect_first_step(self._trainer.optimizer, has_room_for=self._feed.budget.has_room_for)

@@ -160,21 +160,22 @@ def run_micro_batches(
         ValueError: the loss of a filler is no finite number, which times a weight of zero is none either.
     """
     *before, last = [micro_batch for micro_batch in micro_batches if not micro_batch.is_idle]
-    loss = None
+    losses = []
     for micro_batch in before:
         with defer_sync():
-            part = _checked(backward(micro_batch), micro_batch)
-        loss = part if loss is None else loss + part
+            losses.append(backward(micro_batch))
     with nullcontext() if syncs_last else defer_sync():
-        part = _checked(backward(last), last)
-    return part if loss is None else loss + part
+        losses.append(backward(last))
+    fillers = [loss for loss, micro_batch in zip(losses, [*before, last], strict=True) if micro_batch.weight == 0]
+    _check_finite(fillers)
+    return sum(losses[1:], losses[0])
 
 
-def _checked(weighted_loss: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
-    if micro_batch.weight == 0 and not bool(torch.isfinite(weighted_loss)):
+def _check_finite(losses_of_fillers: list[torch.Tensor]) -> None:
+    """After the last micro-batch: to look at a number, the host waits for the device to have computed it."""
+    if losses_of_fillers and not bool(torch.isfinite(torch.stack(losses_of_fillers)).all()):
         raise ValueError(
             "This process has nothing to learn from in this step, and takes part with rows whose loss is no finite "
             "number, which would spoil the gradient of the others. If num_items is overridden, let rows that count as "
             "nothing have a finite loss: divide by max(1, items)."
         )
-    return weighted_loss

@@ -73,7 +73,7 @@ class MBPMixin(_Base):
         self._logs_step = False
         self.mbp_rows = RowReader(self, self._report)
         self.mbp_feed = Feed(self, self.mbp_rows, self._ranks, self._report)
-        self._runner = Runner(self, self.mbp_feed, self._ranks)
+        self._runner = Runner(self, self.mbp_feed, self._ranks, self._report)
         self._evaluation = Evaluation(self, self._ranks)
 
     # What users may override
@@ -136,18 +136,20 @@ class MBPMixin(_Base):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], None]:
         """Reads the batches of an optimizer step and returns as many, with their rows grouped into micro-batches."""
         self._report.start_step()
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = self.mbp_feed.as_many_as_others(batches)
-        if not batches:
-            return [], None
-        step = self.mbp_feed.whole_step(batches, num_batches)
-        micro_batches = self.mbp_feed.micro_batches(step) if step else []
+        with self._report.overhead():
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+            batches = self.mbp_feed.as_many_as_others(batches)
+            if not batches:
+                return [], None
+            step = self.mbp_feed.whole_step(batches, num_batches)
+            micro_batches = self.mbp_feed.micro_batches(step) if step else []
         return [*(MicroBatches([]) for _ in batches[1:]), MicroBatches(micro_batches)], None
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Runs the micro-batches of the step; other inputs run as in the next class."""
         if isinstance(inputs, MicroBatches):
-            return self._runner.run(inputs, model, super().training_step)
+            with self._report.overhead():
+                return self._runner.run(inputs, model, super().training_step)
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
@@ -186,8 +188,9 @@ class MBPMixin(_Base):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Ends the step first, so that evaluation and saving are not counted, and the budget is saved as it is now."""
+        with self._report.overhead():
+            self.mbp_feed.budget.after_step()
         self._report.stop_clock()
-        self.mbp_feed.budget.after_step()
         self._logs_step = True
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -210,7 +213,9 @@ class MBPMixin(_Base):
         count = super().floating_point_ops
         if not isinstance(inputs, MicroBatches):
             return int(count(inputs))
-        return sum(int(count(micro_batch.inputs)) for micro_batch in inputs.micro_batches if micro_batch.num_rows)
+        with self._report.overhead():
+            run = [micro_batch.inputs for micro_batch in inputs.micro_batches if micro_batch.num_rows]
+            return compat.operations_of(self.model, count, run)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Counts once for all the micro-batches of a batch: stock gathers over the ranks at each call."""

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from transformers import Trainer
 
 from hf_mbp import compat
 
@@ -52,3 +53,52 @@ def test_gradients_stay_on_the_rank_unless_asked_otherwise(
         assert accelerator.gradient_state.sync_gradients is not defers
     assert not accelerator.is_deferring
     assert accelerator.gradient_state.sync_gradients
+
+
+class Parameters:
+    """A model that notes how often its parameters are counted."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def num_parameters(self, *, exclude_embeddings: bool) -> int:
+        self.times += 1
+        return 5
+
+
+class Attentive(Parameters):
+    """One that counts its operations itself, with attention."""
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        rows, width = inputs["input_ids"].shape
+        return rows * width * width
+
+
+class OwnCount(Trainer):
+    """A trainer that does."""
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return len(inputs["input_ids"])
+
+
+MICRO_BATCHES = [{"input_ids": torch.ones(2, 7)}, {"input_ids": torch.ones(3, 4)}]
+
+
+def operations(trainer_class: type, model: Any, micro_batches: list[dict[str, Any]]) -> int:
+    trainer = trainer_class.__new__(trainer_class)
+    trainer.model = model
+    return compat.operations_of(model, trainer.floating_point_ops, micro_batches)
+
+
+def test_operations_are_counted_once_for_all_micro_batches() -> None:
+    model = Parameters()
+    assert operations(Trainer, model, MICRO_BATCHES) == 6 * (14 + 12) * 5
+    assert model.times == 1
+    assert operations(Trainer, model, []) == 0
+    assert operations(Trainer, model, [{"pixels": torch.ones(2)}]) == 0
+
+
+def test_own_counts_of_operations_see_the_micro_batches_as_they_are() -> None:
+    assert operations(OwnCount, Parameters(), MICRO_BATCHES) == 5
+    stock_asks_the_model = compat.operations_of(Attentive(), Attentive().floating_point_ops, MICRO_BATCHES)
+    assert stock_asks_the_model == 2 * 49 + 3 * 16

@@ -32,6 +32,7 @@ LAYERS = [
     "recovery",
     "lockstep",
     "first_step",
+    "prefetch",
     "call_metrics",
     "watch",
     "step",

@@ -1,16 +1,19 @@
 """Logged numbers are sums over steps and ranks, checked by hand on small steps."""
 
+import re
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BertForMaskedLM
+from transformers import BertForMaskedLM, BertForSequenceClassification
 
 from hf_mbp import report
 from hf_mbp.plan import as_sizes
 from hf_mbp.report import Counts, StepReport, padded_rows_note, start_line
 from hf_mbp.step import MicroBatch
-from tests.helpers import Recorder, bert_config, build, masked_prefix, mbp_trainer, token_rows, with_labels
+from tests.helpers import Pad, Recorder, bert_config, build, masked_prefix, mbp_trainer, token_rows, with_labels
 
 
 class FakeRanks:
@@ -99,6 +102,7 @@ def test_log_entries_are_those_since_the_last_log(clock: list[float]) -> None:
         "mbp_micro_batches": 3,
         "mbp_padding_fraction": pytest.approx(1 - 160 / 200),
         "mbp_tokens_per_second": 160 / 4,
+        "mbp_overhead_fraction": 0.0,
         "mbp_cells": 200,
         "mbp_tokens": 160,
         "mbp_max_tokens": 128,
@@ -133,6 +137,7 @@ def test_totals_are_those_of_all_steps(clock: list[float]) -> None:
         "mbp_padding_fraction": pytest.approx(1 - 170 / 200),
         "mbp_padding_fraction_unsplit": pytest.approx(1 - 170 / 260),
         "mbp_tokens_per_second": pytest.approx(170 / 3),
+        "mbp_overhead_fraction": 0.0,
         "mbp_oom_retries": 0,
     }
 
@@ -164,6 +169,44 @@ def test_a_step_that_was_not_ended_counts_until_the_next(clock: list[float]) -> 
     steps.stop_clock()
     steps.stop_clock()
     assert steps.since_log.seconds == 5
+
+
+# Own time
+
+
+def test_own_time_is_what_is_not_computing(clock: list[float]) -> None:
+    steps = StepReport()
+    for own, pass_, stock in ((1, 30, 2), (2, 60, 5)):
+        steps.start_step()
+        with steps.overhead():
+            clock[0] += own
+            with steps.computing():
+                clock[0] += pass_
+        clock[0] += stock
+        steps.stop_clock()
+    assert (steps.since_log.overhead_seconds, steps.since_log.seconds) == (3, 100)
+    assert steps.flush(ALONE, 0)["mbp_overhead_fraction"] == 0.03
+    assert steps.totals(ALONE)["mbp_overhead_fraction"] == 0.03
+
+
+def test_a_pass_that_runs_out_of_memory_is_not_own_time(clock: list[float]) -> None:
+    steps = StepReport()
+
+    def fail() -> None:
+        with steps.computing():
+            clock[0] += 30
+            raise MemoryError
+
+    with steps.overhead():
+        with pytest.raises(MemoryError):
+            fail()
+        clock[0] += 1
+    assert steps.since_log.overhead_seconds == 1
+
+
+def test_own_time_of_ranks_is_that_of_the_one_that_waits_for_no_other() -> None:
+    counts = Counts(seconds=10.0, overhead_seconds=3.0).over(FakeRanks(lambda number: number / 2))
+    assert (counts.seconds, counts.overhead_seconds) == (10, 1.5)
 
 
 # Notes for the reader
@@ -254,6 +297,38 @@ def test_logs_and_metrics_of_a_run(tmp_path: Path) -> None:
     assert 0 <= metrics["mbp_padding_fraction"] < metrics["mbp_padding_fraction_unsplit"] < 1
 
 
+class SlowPad(Pad):
+    """Takes 20 ms for a micro-batch."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        time.sleep(0.02)
+        return super().__call__(rows)
+
+
+def test_own_time_of_a_run_is_counted(tmp_path: Path) -> None:
+    """What a slow collator takes is in it, what slow passes take is not."""
+    recorder, model = Recorder(), build(BertForMaskedLM, bert_config())
+    model.register_forward_hook(lambda *_: time.sleep(0.02))
+    rows = with_labels(token_rows(), masked_prefix)
+    options = {"check_at_start": False, "max_steps": 3, "callbacks": [recorder], "data_collator": SlowPad()}
+    trainer = mbp_trainer(model, rows, tmp_path, **options)
+    counted: list[Counts] = []
+    flush = trainer._report.flush
+
+    def noted(*args: Any) -> dict[str, float]:
+        counted.append(replace(trainer._report.since_log))
+        return flush(*args)
+
+    trainer._report.flush = noted
+    metrics = trainer.train().metrics
+    for counts, logs in list(zip(counted, recorder.logs, strict=True))[1:]:
+        slept = 0.02 * logs["mbp_micro_batches"]
+        assert slept <= counts.collation_seconds <= counts.overhead_seconds <= counts.seconds - slept
+        assert logs["mbp_overhead_fraction"] == counts.overhead_seconds / counts.seconds
+    assert 0 < metrics["mbp_overhead_fraction"] < 1
+    assert not any("mbp_overhead_fraction" in entry for entry in trainer.state.log_history if "loss" in entry)
+
+
 def test_two_runs_leave_the_same_log_history(tmp_path: Path) -> None:
     (first, _), (second, _) = (trained(tmp_path / name, max_steps=2) for name in "ab")
     histories = [[entry for entry in run.state.log_history if "loss" in entry] for run in (first, second)]
@@ -275,3 +350,14 @@ def test_a_second_run_counts_from_zero(tmp_path: Path) -> None:
     trainer, first = trained(tmp_path, max_steps=2)
     second = trainer.train().metrics
     assert second["mbp_tokens"] == first["mbp_tokens"]
+
+
+def test_the_script_prints_the_own_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import overhead
+
+    monkeypatch.setattr(overhead, "ROWS", 4)
+    monkeypatch.setattr(overhead, "STEPS", 3)
+    tiny = bert_config(vocab_size=2000, max_position_embeddings=512)
+    monkeypatch.setattr(overhead, "make_model", lambda path: build(BertForSequenceClassification, tiny))
+    overhead.main(None)
+    assert re.search(r"Own time of the library: \d+\.\d\d% of a step \(.* in 2 steps of", capsys.readouterr().out)
