@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from hf_mbp import MBPConfig
 from hf_mbp.balance import deal
 from hf_mbp.collate import KeepRows
-from hf_mbp.loaders import BalancedBatches, EqualBatches, balanced, for_all_ranks, why_not_balanced
+from hf_mbp.loaders import BalancedBatches, DealtRows, EqualBatches, balanced, for_all_ranks, why_not_balanced
 from hf_mbp.plan import Cost, Ints
 from hf_mbp.report import balance_note
 from tests.distributed.cases import Stream
@@ -214,6 +214,8 @@ def test_rows_that_cannot_be_dealt_are_left_as_they_were_with_the_reason() -> No
         assert why_not_balanced(loader) == reason
         assert f"because {reason}: a process with longer rows" in balance_note(2, reason)
     assert why_not_balanced(loader_of(0, texts)) == "their lengths are only known when they are read"
+    dealt_by_the_first = SimpleNamespace(dataset=DealtRows(SimpleNamespace()))
+    assert why_not_balanced(dealt_by_the_first) == "the first process reads and deals them"
     assert why_not_balanced([1, 2]) == "the data loader is not that of Trainer"
     assert why_not_balanced(loader_of(0)) is None
     assert why_not_balanced(balanced(loader_of(0), COST, 1)) is None
