@@ -1,11 +1,13 @@
-"""Deals the rows of a mini-batch to ranks so that none waits long for another. Pure; knows no torch.
+"""Deals the rows of a mini-batch to ranks so that the slowest has as little to do as can be. Pure; knows no torch.
 
 Which rank runs which row makes no difference to the gradient, as each micro-batch weighs its items over those of all
-ranks. So the rows are sorted by length, as for micro-batches, and the sorted rows cut into one contiguous run for each
-rank: few long rows for the first, many short ones for the last. The cuts are where the costliest run costs least.
+ranks. So the rows are sorted by length, as for micro-batches, and dealt in one of two ways:
 
-Equally many rows for each rank would balance their tokens, too, but not what they take: every rank would get some of
-the longest rows, and pad to them.
+* In runs, where a rank needs only a few micro-batches: each rank gets neighbours in the sorted order, few long rows the
+  first, many short ones the last. Equally many rows for each would not help: every rank would have some of the longest
+  rows, and pad the others to them.
+* In turns, back and forth, where a micro-batch costs so little beside its rows that a rank runs many, with little
+  padding in each: all ranks have rows of all lengths, and so micro-batches of the same widths.
 """
 
 from itertools import pairwise
@@ -14,59 +16,75 @@ import numpy as np
 
 from hf_mbp.plan import Cost, Ints
 
+MANY = 20
+"""How many times the overhead of a micro-batch a rank's rows cost, from where on they are dealt in turns.
+
+Simulated with 16 and 64 rows for each of 8 and 64 ranks: at 16 times runs are better, at 30 times turns."""
+
 
 def deal(lengths: Ints, num_ranks: int, cost: Cost) -> list[Ints]:
-    """Which rows each rank runs, every row once, so that the costliest rank costs least.
-
-    A rank costs what its rows would as a single micro-batch, padded to the longest; no other runs of the sorted rows
-    have a smaller maximum. Every rank has a row, if there are as many.
+    """Which rows each rank runs, every row once; every rank has one, if there are as many.
 
     Args:
         lengths: tokens of each row of the mini-batch, `[rows]`.
         num_ranks: how many share them.
-        cost: of which the cells and the pairs of positions count; the overhead is the same for all.
+        cost: of micro-batches.
 
     Returns:
         Ascending indices of the rows of each rank.
 
     Example:
-        >>> [rows.tolist() for rows in deal(np.array([3, 60, 4, 48, 5, 9, 7, 50]), 3, Cost())]
+        >>> lengths = np.array([3, 60, 4, 48, 5, 9, 7, 50])
+        >>> [rows.tolist() for rows in deal(lengths, 3, Cost(overhead=100))]
         [[1], [3, 7], [0, 2, 4, 5, 6]]
+        >>> [rows.tolist() for rows in deal(lengths, 3, Cost(overhead=1))]
+        [[1, 2, 4], [0, 6, 7], [3, 5]]
     """
     order = np.argsort(-lengths, kind="stable")
-    cuts = _cuts(_row_costs(lengths[order], cost), min(num_ranks, len(lengths)))
-    runs = [np.sort(order[start:end]) for start, end in pairwise(cuts)]
-    return runs + [order[:0]] * (num_ranks - len(runs))
+    costs = _row_costs(lengths[order], cost)
+    is_many = sum(costs) > MANY * cost.overhead * num_ranks
+    ranks = _in_turns(len(costs), num_ranks) if is_many else _in_runs(costs, num_ranks)
+    return [np.sort(order[ranks == rank]) for rank in range(num_ranks)]
 
 
 def _row_costs(lengths: Ints, cost: Cost) -> list[int]:
-    """What a row of each length costs, in whole numbers, so that ranks on unlike machines cut at the same places."""
+    """What a row of each length costs, in whole numbers, so that ranks on unlike machines deal alike."""
     widths = np.maximum(lengths, 1)
     costs = np.rint(widths * (cost.cell + cost.attention * widths))
     return [max(1, int(value)) for value in costs]
 
 
-def _cuts(costs: list[int], num_runs: int) -> list[int]:
-    """Positions [0, ..., rows] at which to cut rows that get no costlier; the least cap is found by halving."""
-    if not num_runs:
-        return [0]
-    low, high = max(costs[0], -(-sum(costs) // num_runs)), costs[0] * len(costs)
+def _in_turns(num_rows: int, num_ranks: int) -> Ints:
+    """The rank of each row: 0, 1, 2, 2, 1, 0, 0, 1, ..."""
+    turns, positions = np.divmod(np.arange(num_rows), num_ranks)
+    return np.where(turns % 2, num_ranks - 1 - positions, positions)
+
+
+def _in_runs(costs: list[int], num_ranks: int) -> Ints:
+    """The rank of each row, none of which is costlier than the one before it.
+
+    A rank costs what its rows would as one micro-batch, padded to the longest: no other assignment has a smaller
+    maximum. That is found by halving.
+    """
+    num_runs = min(num_ranks, len(costs))
+    low, high = max(costs, default=0), sum(costs[:1]) * len(costs)
     while low < high:
         cap = (low + high) // 2
         if _filled(costs, num_runs, cap)[-1] == len(costs):
             high = cap
         else:
             low = cap + 1
-    return _filled(costs, num_runs, high)
+    sizes = [end - start for start, end in pairwise(_filled(costs, num_runs, high))]
+    return np.repeat(np.arange(num_runs), sizes)
 
 
 def _filled(costs: list[int], num_runs: int, cap: int) -> list[int]:
-    """The cuts if each run takes as many rows as `cap` allows, at least one, and leaves one for each run that follows.
+    """The ends of runs that take as many rows as `cap` allows, at least one, and leave one for each run that follows.
 
-    If the cap is too small, the last cut is short of all rows.
+    If the cap is too small, the last one is short of all rows.
     """
-    cuts = [0]
+    ends = [0]
     for later in reversed(range(num_runs)):
-        left = len(costs) - cuts[-1] - later
-        cuts.append(cuts[-1] + min(cap // costs[cuts[-1]], left))
-    return cuts
+        left = len(costs) - ends[-1] - later
+        ends.append(ends[-1] + min(cap // costs[ends[-1]], left))
+    return ends

@@ -27,7 +27,11 @@ from hf_mbp.report import balance_note
 from tests.distributed.cases import Stream
 from tests.helpers import Pad, bert_config, build, mbp_trainer, token_rows, with_labels
 
-COST = Cost(attention=0.01)
+COST = Cost(overhead=1e6, attention=0.01)
+"""Micro-batches cost so much that each rank runs one."""
+
+CHEAP = Cost(overhead=1, attention=0.01)
+"""Micro-batches cost so little that each rank runs many."""
 
 
 def uneven(count: int, seed: int = 0) -> Ints:
@@ -57,9 +61,10 @@ def test_no_other_assignment_of_rows_has_a_smaller_maximum(num_ranks: int) -> No
         assert max(costs_of(lengths, dealt)) == pytest.approx(best, abs=num_rows)  # costs are rounded to whole numbers
 
 
-def test_every_rank_has_a_row_where_there_are_enough() -> None:
+@pytest.mark.parametrize("cost", [COST, CHEAP])
+def test_every_rank_has_a_row_where_there_are_enough(cost: Cost) -> None:
     for num_rows, num_ranks in product(range(9), range(1, 8)):
-        dealt = deal(np.array([500, *[3] * num_rows])[:num_rows], num_ranks, COST)
+        dealt = deal(np.array([500, *[3] * num_rows])[:num_rows], num_ranks, cost)
         assert len(dealt) == num_ranks
         assert sorted(chain.from_iterable(map(list, dealt))) == list(range(num_rows))
         assert sum(len(rows) > 0 for rows in dealt) == min(num_rows, num_ranks)
@@ -70,7 +75,22 @@ def test_empty_rows_fill_a_cell() -> None:
 
 
 @pytest.mark.parametrize("num_ranks", [2, 8, 64])
-def test_ranks_cost_nearly_alike(num_ranks: int) -> None:
+def test_ranks_that_run_many_micro_batches_have_rows_of_all_lengths(num_ranks: int) -> None:
+    lengths = uneven(16 * num_ranks)
+    dealt = deal(lengths, num_ranks, CHEAP)
+    assert {len(rows) for rows in dealt} == {16}
+    in_turns = np.sort(lengths)[::-1].reshape(16, num_ranks)
+    for rows in dealt:
+        sorted_rows = np.sort(lengths[rows])[::-1]
+        assert ((sorted_rows <= in_turns[:, 0]) & (sorted_rows >= in_turns[:, -1])).all()
+    tokens = [int(lengths[rows].sum()) for rows in dealt]
+    before = lengths.reshape(num_ranks, 16).sum(axis=1)
+    assert max(tokens) - min(tokens) <= int(lengths.max())  # what one row makes of it
+    assert max(tokens) < before.max()
+
+
+@pytest.mark.parametrize("num_ranks", [2, 8, 64])
+def test_ranks_that_run_one_micro_batch_cost_nearly_alike(num_ranks: int) -> None:
     lengths = uneven(16 * num_ranks)
     before = costs_of(lengths, np.split(np.arange(16 * num_ranks), num_ranks))
     after = costs_of(lengths, deal(lengths, num_ranks, COST))
