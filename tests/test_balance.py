@@ -18,12 +18,14 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from transformers import BertForSequenceClassification
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
+import rank_balance
 from hf_mbp import MBPConfig
 from hf_mbp.balance import deal
 from hf_mbp.collate import KeepRows
 from hf_mbp.loaders import BalancedBatches, DealtRows, EqualBatches, balanced, for_all_ranks, why_not_balanced
 from hf_mbp.plan import Cost, Ints
 from hf_mbp.report import balance_note
+from marked_table import table_in
 from tests.distributed.cases import Stream
 from tests.helpers import Pad, bert_config, build, mbp_trainer, token_rows, with_labels
 
@@ -285,3 +287,29 @@ def test_the_option_is_true_or_false(value: Any) -> None:
     with pytest.raises(ValueError, match=rf"balance_ranks={value!r} is neither True nor False\. Write one\."):
         MBPConfig(balance_ranks=value)
     assert MBPConfig().balance_ranks
+
+
+# The simulation
+
+
+def test_the_simulation_knows_who_waits() -> None:
+    cost = Cost(overhead=1000, attention=0.0)
+    lengths = [np.array([100, 100]), np.array([10, 10])]
+    one = rank_balance.waiting(lengths, cost)
+    assert (one.after_each, one.once, one.ideal) == (1200, 1200, (1200 + 1020) / 2)
+    # Two of the first rank's rows fit at once, so the second one, which needs one micro-batch, runs a filler.
+    two = rank_balance.waiting([np.array([100, 100, 100]), np.array([10])], cost, max_tokens=200)
+    assert (two.after_each, two.once, two.ideal) == (2300, 2300, (2300 + 2030) / 2)
+
+
+def test_the_simulation_compares_the_same_rows() -> None:
+    before, after = rank_balance.compared(2, rank_balance.cost_on("cuda"), num_steps=3)
+    assert after.once <= before.once
+    assert after.once / after.ideal < before.once / before.ideal
+    assert rank_balance.line("cpu", 2, num_steps=1).startswith("| CPU | 2 | ")
+
+
+def test_the_page_has_the_table() -> None:
+    lines = table_in(rank_balance.PAGE, "balance").splitlines()
+    assert lines[:2] == rank_balance.HEADER.splitlines()
+    assert len(lines) == 2 + len(rank_balance.DEVICES) * len(rank_balance.RANKS)
