@@ -4,8 +4,8 @@
     python scripts/rank_balance.py --write       and put it into docs/distributed.md
 
 Nothing is trained: costs are those of the planner, for a BERT of 6 layers and 384 hidden units, in micro-batches that
-are planned as in training, equally many on all ranks, the missing ones run with two rows at weight zero. 16 rows for
-each rank and step, lengths lognormal(4.2, 0.8), clipped to 8..512.
+are planned as in training, equally many on all ranks; the missing ones run with a few tokens at weight zero. 16 rows
+for each rank and step, lengths lognormal(4.2, 0.8), clipped to 8..512.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from hf_mbp import filler
 from hf_mbp.balance import deal
-from hf_mbp.filler import ROWS as FILLER_ROWS
 from hf_mbp.plan import Budget, Cost, Ints, plan_rows
 from hf_mbp.sizing import cost_of
 from marked_table import put_table
@@ -81,7 +81,7 @@ def _costs(lengths: Ints, agreed: int, cost: Cost, max_tokens: int) -> list[floa
     if len(plan) < agreed:
         plan = plan_rows(lengths[:, None], budget, cost, num_micro_batches=min(agreed, len(lengths)))
     shapes = [(len(group), int(lengths[group].max())) for group in plan]
-    shapes += [(FILLER_ROWS, shapes[-1][1])] * (agreed - len(shapes))
+    shapes += [(filler.ROWS, min(filler.WIDTH, shapes[-1][1]))] * (agreed - len(shapes))
     return [float(cost(np.int64(rows), np.int64(width))) for rows, width in shapes]
 
 
