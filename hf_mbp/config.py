@@ -64,6 +64,14 @@ memory_limit="20GiB", or memory_limit=0.8 for 80 % of the memory.
         },
     )
 
+    balance_ranks: bool = field(
+        default=True,
+        metadata={
+            "help": "Deal the rows of a step to processes by their cost, so that none waits long for another. Which "
+            "rows a step has does not change. Where their lengths are not known beforehand, nothing is done."
+        },
+    )
+
     rank_timeout: float = field(
         default=60.0,
         metadata={
@@ -78,8 +86,9 @@ memory_limit="20GiB", or memory_limit=0.8 for 80 % of the memory.
             # A NumPy integer would not go into the JSON of a checkpoint.
             object.__setattr__(self, "max_tokens_per_micro_batch", int(self.max_tokens_per_micro_batch))
         parse_memory_limit(self.memory_limit)
-        if not isinstance(self.accumulate_in_fp32, bool):
-            raise ValueError(f"accumulate_in_fp32={self.accumulate_in_fp32!r} is neither True nor False. Write one.")
+        for name in ("accumulate_in_fp32", "balance_ranks"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name}={value!r} is neither True nor False. Write one.")
         if self.on_inexact not in ON_INEXACT:
             raise ValueError(f"on_inexact={self.on_inexact!r} is unknown. Write one of {', '.join(ON_INEXACT)}.")
         if self.collate_in not in COLLATE_IN:

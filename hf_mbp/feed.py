@@ -9,13 +9,21 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from hf_mbp import collate, compat, other_trainers, wrapped
+from hf_mbp import collate, compat, loaders, other_trainers, wrapped
 from hf_mbp.accumulation import half_precision
 from hf_mbp.collate import Batch, Inputs, Rows
 from hf_mbp.distributed import Ranks
 from hf_mbp.plan import Budget, Cost, Ints, too_long_message
 from hf_mbp.recovery import Fault
-from hf_mbp.report import StepReport, compiled_note, half_precision_note, padded_rows_note, retry_line, start_line
+from hf_mbp.report import (
+    StepReport,
+    balance_note,
+    compiled_note,
+    half_precision_note,
+    padded_rows_note,
+    retry_line,
+    start_line,
+)
 from hf_mbp.row_reader import RowReader, need_one_width
 from hf_mbp.run_budget import RunBudget
 from hf_mbp.sizing import cost_of
@@ -60,6 +68,7 @@ class Feed:
         self._ready_made: list[Inputs] = []
         self._put_back_collator: Callable[[], None] = remembered_collator(None)
         self._has_told: set[str] = set()
+        self._balance_note: str | None = None
         self.is_compiled = False
 
     def restart(self) -> None:
@@ -71,6 +80,23 @@ class Feed:
         self.rows.restart()
         self.is_compiled = wrapped.compiles(self.trainer.accelerator, self.trainer.model)
         self.report.restart()
+
+    def balanced(self, loader: Any) -> Any:
+        """The training loader, with rows dealt to ranks by their cost, where that is asked for and can be done.
+
+        Batches that the workers pad are planned one by one, so they are dealt one by one.
+        """
+        trainer = self.trainer
+        if self.ranks.count == 1 or not trainer.mbp_config.balance_ranks:
+            return loader
+        why_not = loaders.why_not_balanced(loader)
+        if other_trainers.is_sentence_transformers(trainer):
+            why_not = "losses of sentence-transformers compare the rows of a batch"
+        self._balance_note = balance_note(self.ranks.count, why_not)
+        if why_not is not None:
+            return loader
+        batches_dealt = 1 if self.rows.workers_collate else trainer.args.gradient_accumulation_steps
+        return loaders.balanced(loader, cost_of(trainer.model, trainer.args.device), batches_dealt)
 
     def as_many_as_others(self, batches: list[Any]) -> list[Any]:
         """The batches that were read, and empty ones where other ranks have read more: all stop at the same step.
@@ -161,6 +187,7 @@ class Feed:
             batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
             num_rows = sum(map(len, batch_sizes))
             self._tell(start_line(num_rows, micro_batches, batch_sizes, self.budget.describe(max_tokens), checks[0]))
+            self._tell(self._balance_note)
             self._tell(None if self.rows.multiple_of else padded_rows_note(micro_batches, batch_sizes))
             self._tell(compiled_note() if self.is_compiled else None)
             self._tell(half_precision_note(self._dtypes_summed_in_half(), len(micro_batches)))

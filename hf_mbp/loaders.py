@@ -1,18 +1,23 @@
 """The training data loader: its batches are rows that are not padded yet, and all ranks have equally many of them."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, cycle, islice
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard
 from accelerate.utils import broadcast_object_list
+from torch.utils.data import BatchSampler
 
+from hf_mbp.balance import deal
 from hf_mbp.collate import KeepRows, Rows
 from hf_mbp.compat import replaced
+from hf_mbp.plan import Cost, Ints
 from hf_mbp.precollated import CollateInWorkers
+from hf_mbp.row_lengths import known_lengths, may_be_known
 
 
 @contextmanager
@@ -82,6 +87,96 @@ class EqualBatches(BatchSamplerShard):
             missing -= 1
             yield batch
         yield from ([] for _ in range(missing))
+
+
+class BalancedBatches(EqualBatches):
+    """Batches of indices for one rank, of the rows that all ranks read for a step, dealt by `deal`.
+
+    The rows of a step on all ranks together are those of Accelerate, and read from the sampler once, as there. Every
+    rank deals them by itself, all in the same way; a rank has as many batches a step as before, of other sizes.
+    """
+
+    def balance(self, lengths: Callable[[], Ints | None], cost: Cost, batches_dealt: int) -> None:
+        """What to deal by: the lengths of all rows of the data, looked up when an epoch begins; if they are `None`,
+        batches stay as they were. So many batches of each rank are dealt together."""
+        self.lengths, self.cost, self.batches_dealt = lengths, cost, batches_dealt
+
+    def __iter__(self) -> Iterator[list[int]]:
+        lengths, rounds = self.lengths(), self._rounds()
+        while step := list(islice(rounds, self.batches_dealt)):
+            yield from self._as_they_are(step) if lengths is None else self._dealt(step, lengths)
+
+    def _as_they_are(self, step: list[list[list[int]]]) -> list[list[int]]:
+        return [batches[self.process_index] for batches in step]
+
+    def _dealt(self, step: list[list[list[int]]], lengths: Ints) -> list[list[int]]:
+        """As many batches for this rank, of the rows of all ranks."""
+        rows = [row for batches in step for batch in batches for row in batch]
+        own = deal(lengths[np.array(rows, dtype=np.int64)], self.num_processes, self.cost)[self.process_index]
+        return [[rows[index] for index in part] for part in np.array_split(own, len(step))]
+
+    def _rounds(self) -> Iterator[list[list[int]]]:
+        """One batch of each rank, as Accelerate deals them, an empty one where it has none."""
+        batches = iter(self.batch_sampler)
+        first: list[list[int]] = []
+        while together := list(islice(batches, 1 if self.split_batches else self.num_processes)):
+            if self._is_whole(together):
+                yield self._cut(together[0]) if self.split_batches else together
+                first = first or together
+            elif any(last := [self._last(first, together, rank) for rank in range(self.num_processes)]):
+                yield last
+
+    def _is_whole(self, together: list[list[int]]) -> bool:
+        is_full = bool(len(together[-1]) == self.batch_size)
+        return is_full and (self.split_batches or len(together) == self.num_processes)
+
+    def _cut(self, batch: list[int]) -> list[list[int]]:
+        size = len(batch) // self.num_processes
+        return [batch[rank * size : (rank + 1) * size] for rank in range(self.num_processes)]
+
+    def _last(self, first: list[list[int]], last: list[list[int]], rank: int) -> list[int]:
+        """What Accelerate gives a rank of a last round that is not whole, and may be completed from the first one."""
+        few = Listed([*first, *last], self.batch_size, self.drop_last)
+        shard = BatchSamplerShard(few, self.num_processes, rank, self.split_batches, self.even_batches)
+        return next(islice(shard, 1 if first else 0, None), [])
+
+
+class Listed(BatchSampler):
+    """A batch sampler of few batches that are known."""
+
+    def __init__(self, batches: list[list[int]], batch_size: int, drop_last: bool) -> None:
+        self.batches, self.batch_size, self.drop_last = batches, batch_size, drop_last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(list, self.batches)  # copies: Accelerate adds to them
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def why_not_balanced(loader: Any) -> str | None:
+    """Why the rows of a loader cannot be dealt to ranks by their cost; `None` if they can."""
+    shard: Any = getattr(loader, "batch_sampler", None)
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, DealtRows):
+        return "the first process reads and deals them"
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        return "the training data is a stream"
+    if type(shard) not in (BatchSamplerShard, EqualBatches, BalancedBatches) or not _keeps_rows(loader):
+        return "the data loader is not that of Trainer"
+    if type(shard.batch_sampler) is not BatchSampler:
+        return f"{type(shard.batch_sampler).__name__} has chosen which of them belong together"
+    if not may_be_known(dataset):
+        return "their lengths are only known when they are read"
+    return None
+
+
+def balanced(loader: Any, cost: Cost, batches_dealt: int) -> Any:
+    """The loader, with its rows dealt to ranks by their cost; one for which `why_not_balanced` knows no reason."""
+    shard: Any = loader.batch_sampler
+    shard.__class__ = BalancedBatches
+    shard.balance(lambda: known_lengths(loader.dataset), cost, batches_dealt)
+    return loader
 
 
 class DealtRows(torch.utils.data.IterableDataset[Rows]):

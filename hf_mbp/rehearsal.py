@@ -1,6 +1,5 @@
 """Runs the worst micro-batch of the whole data set on the side, before the first step, where the lengths are known."""
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +13,11 @@ from hf_mbp.control import AIM_OF_ONE, Reading, after_failure, corrected
 from hf_mbp.gauge import Gauge
 from hf_mbp.out_of_memory import is_out_of_memory
 from hf_mbp.padding import with_padding
-from hf_mbp.plan import Cost, Ints, plan_rows
+from hf_mbp.plan import Cost, plan_rows
 from hf_mbp.probe import loss_of, modules_of
 from hf_mbp.profile import Profile
+from hf_mbp.row_lengths import known_lengths
 from hf_mbp.undisturbed import kept_collator, own_random_numbers, undisturbed, untouched
-
-MOST_ROWS_READ = 50_000
-"""Rows of a list whose lengths are looked up one by one, a few microseconds each."""
-
-ARROW_BATCH = 10_000
 
 WORTH_IT = 0.5
 """Share of the budget below which the worst micro-batch is not tried: what it would show is far from the limit."""
@@ -148,29 +143,3 @@ def longest_rows(trainer: Any, num_rows: int) -> list[Any]:
             return []
         batch = loader.collate_fn([loader.dataset[int(index)] for index in longest])
     return batch.unpack() if isinstance(batch, Batch) else []
-
-
-def known_lengths(dataset: Any) -> Ints | None:
-    """Tokens of each row of a data set, where they can be had without computing a row: of its `input_ids`.
-
-    Those of a `datasets.Dataset` are read from its table; those of a list are counted. `None` for all else, also for
-    rows that are made when they are asked for.
-    """
-    if isinstance(dataset, (list, tuple)):
-        is_tokens = bool(dataset) and isinstance(dataset[0], Mapping) and "input_ids" in dataset[0]
-        if not is_tokens or len(dataset) > MOST_ROWS_READ:
-            return None
-        return np.array([collate.row_length(row) for row in dataset], dtype=np.int64)
-    is_table = hasattr(dataset, "select_columns") and "input_ids" in (getattr(dataset, "column_names", None) or [])
-    if not is_table or not len(dataset) or dataset.format["type"] == "custom":
-        return None
-    return _table_lengths(dataset.select_columns("input_ids").with_format("arrow"))
-
-
-def _table_lengths(dataset: Any) -> Ints | None:
-    """Lengths of the lists in a column, by where each begins in its table."""
-    chunks = [chunk for table in dataset.iter(ARROW_BATCH) for chunk in table.column("input_ids").chunks]
-    if not all(hasattr(chunk, "value_lengths") for chunk in chunks):  # no lists
-        return None
-    lengths = [chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False) for chunk in chunks]
-    return np.concatenate(lengths).astype(np.int64)

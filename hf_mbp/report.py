@@ -228,6 +228,19 @@ def compiled_note() -> str:
     )
 
 
+def balance_note(num_ranks: int, why_not: str | None) -> str:
+    """How the rows of a step are dealt to several processes."""
+    if why_not is None:
+        return (
+            f"hf_mbp: the rows of a step are dealt to {num_ranks:,} processes by their cost: few long ones to the "
+            "first, many short ones to the last."
+        )
+    return (
+        f"hf_mbp: rows are not dealt to processes by their cost, because {why_not}: a process with longer rows makes "
+        "the others wait."
+    )
+
+
 def half_precision_note(dtypes: list[str], num_micro_batches: int) -> str | None:
     """What to do about gradients that are summed in half precision, as the weights are; `dtypes` names which."""
     if not dtypes or num_micro_batches < 2:

@@ -110,8 +110,8 @@ def weigh(micro_batches: list[MicroBatch], ranks: Ranks, filler: MicroBatch | No
     """The micro-batches with their weights, the idle ones first.
 
     Those without items are idle: they add nothing, and their mean is 0/0. Several ranks run equally many of the others,
-    or their collectives would pair up wrongly: `filler`, or the last with items, stands in at weight zero where a rank
-    has fewer. If no rank has any items, all are idle.
+    or their collectives would pair up wrongly: the beginning of `filler`, or of the last with items, stands in, at
+    weight zero, where a rank has fewer. If no rank has any items, all are idle.
     """
     learning = [micro_batch for micro_batch in micro_batches if micro_batch.num_items > 0]
     idle = [replace(micro_batch, is_idle=True) for micro_batch in micro_batches if micro_batch.num_items == 0]
@@ -120,7 +120,7 @@ def weigh(micro_batches: list[MicroBatch], ranks: Ranks, filler: MicroBatch | No
     weighed = [replace(mb, weight=mb.num_items / total_items * ranks.count) for mb in learning]
     if most > len(weighed):
         stand_in = filler or (learning or micro_batches)[-1]
-        weighed += [as_filler(stand_in)] * (most - len(weighed))
+        weighed += [as_shortest_filler(stand_in)] * (most - len(weighed))
     return idle + weighed
 
 

@@ -127,7 +127,7 @@ class MBPMixin(_Base):
         """The stock loader, except that its batches are rows; whoever overrides it may return any batches."""
         with loaders.deferred_collation(self, self.mbp_rows.loader_collator()):
             loader = super().get_train_dataloader()
-        return loaders.for_all_ranks(loader)
+        return self.mbp_feed.balanced(loaders.for_all_ranks(loader))
 
     def num_examples(self, dataloader: Any) -> int:
         """Rows of the data set, also where they are dealt from the first rank."""

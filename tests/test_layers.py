@@ -48,6 +48,8 @@ LAYERS = [
     "full_precision",
     "undisturbed",
     "loaders",
+    "row_lengths",
+    "balance",
     "refusals",
     "compat",
     "wrapped",

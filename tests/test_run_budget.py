@@ -11,7 +11,8 @@ from transformers import BertForMaskedLM, TrainerCallback
 
 from hf_mbp import control, memory, rehearsal
 from hf_mbp.gauge import Gauge
-from hf_mbp.rehearsal import known_lengths, longest_rows
+from hf_mbp.rehearsal import longest_rows
+from hf_mbp.row_lengths import known_lengths
 from tests.helpers import bert_config, build, masked_prefix, mbp_trainer, token_rows, with_labels
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}

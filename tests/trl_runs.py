@@ -189,7 +189,8 @@ def trainer_of(case: Case, rows: Dataset, folder: Path, *, split: bool, **change
     }
     init: dict[str, Any] = {}
     if split:
-        init["mbp_config"] = MBPConfig(max_tokens_per_micro_batch=64, on_inexact="error")
+        # Several ranks are to be as uneven as their rows are.
+        init["mbp_config"] = MBPConfig(max_tokens_per_micro_batch=64, on_inexact="error", balance_ranks=False)
     if case.lora:
         init["peft_config"] = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     if case.compute_loss_func is not None:

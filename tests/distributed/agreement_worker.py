@@ -38,6 +38,7 @@ def main(folder: Path) -> None:
         data_collator=DataCollatorForLanguageModeling(tokenizer(), mlm_probability=0.4),
         max_tokens_per_micro_batch=None,
         trainer_class=KeepsMasks,
+        balance_ranks=False,
     )
     trainer.train()
     budget = trainer.mbp_feed.budget.settle([], [])

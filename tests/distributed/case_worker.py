@@ -125,7 +125,9 @@ def trainer_of(case: Case, folder: Path, **changes: Any) -> MBPTrainer:
         arguments_of(case, folder, **changes),
         train_dataset=data_of(case),
         data_collator=Pad(case.padding_side),
-        mbp_config=MBPConfig(max_tokens_per_micro_batch=48, collate_in=collates_in, on_inexact="error"),
+        mbp_config=MBPConfig(
+            max_tokens_per_micro_batch=48, collate_in=collates_in, on_inexact="error", balance_ranks=case.balance
+        ),
     )
 
 

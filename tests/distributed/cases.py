@@ -19,7 +19,8 @@ class Case:
     """One run.
 
     `strategy` is how the model is distributed; `data` in what the rows come; `rows` how many there are. `accelerator`
-    and `arguments` go to `TrainingArguments`.
+    and `arguments` go to `TrainingArguments`. Cases of a rank with few rows or items do not balance the ranks: it
+    would get more.
     """
 
     strategy: str = "ddp"
@@ -30,6 +31,7 @@ class Case:
     padding_side: str = "right"
     accelerator: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
+    balance: bool = True
     resumes: bool = False
 
     @property
@@ -69,13 +71,20 @@ TWICE = {"gradient_accumulation_steps": 2}
 ON_TWO = {
     "even": Case(),
     "even, accumulated": Case(arguments=TWICE),
+    "not balanced": Case(balance=False),
+    "not balanced, accumulated": Case(balance=False, arguments=TWICE),
+    "balanced, uneven": Case(accelerator=UNEVEN),
+    "balanced, uneven, accumulated": Case(accelerator=UNEVEN, rows=37, arguments=TWICE),
+    "balanced, padded in workers": Case(data="collated in workers", arguments=TWICE),
     "drop_last": Case(arguments={"dataloader_drop_last": True}),
-    "the last rank has no batch": Case(accelerator=UNEVEN),
-    "the last rank has no batch, a table": Case(accelerator=UNEVEN, data="table"),
-    "the last rank has no batch, accumulated": Case(accelerator=UNEVEN, arguments=TWICE),
-    "the last rank has one row": Case(accelerator=UNEVEN, rows=37),
-    "the last rank has no row at all": Case(accelerator=UNEVEN, rows=3),
-    "the last rank has no batch, padded in workers": Case(accelerator=UNEVEN, data="collated in workers"),
+    "the last rank has no batch": Case(accelerator=UNEVEN, balance=False),
+    "the last rank has no batch, a table": Case(accelerator=UNEVEN, balance=False, data="table"),
+    "the last rank has no batch, accumulated": Case(accelerator=UNEVEN, balance=False, arguments=TWICE),
+    "the last rank has one row": Case(accelerator=UNEVEN, balance=False, rows=37),
+    "the last rank has no row at all": Case(accelerator=UNEVEN, balance=False, rows=3),
+    "the last rank has no batch, padded in workers": Case(
+        accelerator=UNEVEN, balance=False, data="collated in workers"
+    ),
     "split": Case(accelerator=SPLIT, arguments={"per_device_train_batch_size": 8}),
     "split, uneven": Case(accelerator=SPLIT | UNEVEN, arguments={"per_device_train_batch_size": 8}),
     "dispatched": Case(accelerator=DISPATCHED),
@@ -91,7 +100,7 @@ ON_TWO = {
     "a stream of shards": Case(data="shards", accelerator=OWN_SHARE),
     "a stream of shards, accumulated": Case(data="shards", accelerator=OWN_SHARE, arguments=TWICE),
     "a stream of shards, dispatched": Case(data="shards"),
-    "a rank without items": Case(labels="none on the second rank"),
+    "a rank without items": Case(labels="none on the second rank", balance=False),
     "synchronised after each": Case(
         accelerator={"gradient_accumulation_kwargs": {"sync_each_batch": True}}, arguments=TWICE
     ),
@@ -101,8 +110,8 @@ ON_TWO = {
 FSDP2 = {
     "fsdp2": Case(strategy="fsdp2"),
     "fsdp2, accumulated": Case(strategy="fsdp2", arguments=TWICE),
-    "fsdp2, the last rank has no batch": Case(strategy="fsdp2", accelerator=UNEVEN),
-    "fsdp2, a rank without items": Case(strategy="fsdp2", labels="none on the second rank"),
+    "fsdp2, the last rank has no batch": Case(strategy="fsdp2", accelerator=UNEVEN, balance=False),
+    "fsdp2, a rank without items": Case(strategy="fsdp2", labels="none on the second rank", balance=False),
     "fsdp2, a stream": Case(strategy="fsdp2", data="stream"),
     "fsdp2, causal, padded left": Case(strategy="fsdp2", model="llama", padding_side="left"),
     "fsdp2, synchronised after each": Case(
@@ -112,12 +121,12 @@ FSDP2 = {
 
 ON_FOUR = {
     "even, on four": Case(),
-    "only the first rank has a batch": Case(accelerator=UNEVEN, rows=19),
+    "only the first rank has a batch": Case(accelerator=UNEVEN, balance=False, rows=19),
     "a stream, on four": Case(data="stream"),
     "a stream of shards, on four": Case(data="shards", accelerator=OWN_SHARE),
     "fsdp2, on four": Case(strategy="fsdp2"),
     "hsdp": Case(strategy="hsdp"),
-    "hsdp, only the first rank has a batch": Case(strategy="hsdp", accelerator=UNEVEN, rows=19),
+    "hsdp, only the first rank has a batch": Case(strategy="hsdp", accelerator=UNEVEN, balance=False, rows=19),
 }
 
 ZERO = {
@@ -126,8 +135,8 @@ ZERO = {
     for what, changes in {
         "": {},
         "accumulated": {"arguments": TWICE},
-        "the last rank has no batch": {"accelerator": UNEVEN},
-        "a rank without items": {"labels": "none on the second rank"},
+        "the last rank has no batch": {"accelerator": UNEVEN, "balance": False},
+        "a rank without items": {"labels": "none on the second rank", "balance": False},
         "a stream": {"data": "stream"},
         "causal, padded left": {"model": "llama", "padding_side": "left"},
     }.items()

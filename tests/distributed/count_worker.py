@@ -49,6 +49,7 @@ def main(folder: Path) -> None:
         train_sampling_strategy="sequential",
         logging_steps=500,
         max_tokens_per_micro_batch=32,
+        balance_ranks=False,  # or the second rank would have other rows
     )
     metrics = trainer.train().metrics
     weights = {name: weight.detach() for name, weight in trainer.model.named_parameters()}

@@ -25,7 +25,7 @@ def model_in_float32() -> Any:
 
 
 def all_rows() -> list[dict[str, Any]]:
-    """200 rows: 12 steps an epoch and one of half the rows, which leaves some ranks without any."""
+    """200 rows: 12 steps an epoch and one of half the rows."""
     return with_labels(token_rows(200), masked_prefix)
 
 
