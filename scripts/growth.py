@@ -1,6 +1,6 @@
-"""Measures how time and memory grow with the rows of a step and with the rows of the data set.
+"""Measures how time and memory grow with the rows of a step and with those of the data set.
 
-    python scripts/growth.py                             # some minutes; writes docs/growth.json and .png, and a table
+    python scripts/growth.py                             # minutes; writes docs/growth.json, .png and two tables
     python scripts/growth.py --quick --output /tmp/growth
 
 A tiny BERT trains on rows of lognormal lengths, which a data set makes when they are asked for; beside it the plain
@@ -15,7 +15,9 @@ import json
 import sys
 import tempfile
 import time
+import timeit
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from matplotlib.figure import Figure
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_mbp import MBPConfig, MBPTrainer
+from hf_mbp.plan import Budget, Cost, plan_rows
 from marked_table import put_table
 from own_process import OwnProcesses
 from peak_meter import PeakMeter
@@ -167,6 +170,21 @@ def measured(runs: dict[str, list[Run]]) -> list[dict[str, Any]]:
     return records
 
 
+PLANNED_ROWS = (256, 1024, 8192, 65536)
+PLAN_HEADER = "| rows a step | one length (ms) | two lengths (ms) |\n| ---: | ---: | ---: |"
+
+
+def plan_row(num_rows: int, repetitions: int) -> str:
+    """Milliseconds to plan the micro-batches of a step, the least of several times."""
+    random = np.random.default_rng(0)
+    lengths = np.clip(random.lognormal(4.2, 0.8, (num_rows, 2)), 8, 512).astype(np.int64)
+    budget, times = Budget(max_tokens=16384), []
+    for sizes in (lengths[:, :1], lengths):
+        took = min(timeit.repeat(partial(plan_rows, sizes, budget, Cost()), number=1, repeat=repetitions))
+        times.append(f"{took * 1000:,.1f}")
+    return f"| {num_rows:,} | {' | '.join(times)} |"
+
+
 HEADER = (
     "| trainer | rows a step | rows of the data set | microseconds a row | seconds before the first step | "
     "peak (MiB) |\n| --- | ---: | ---: | ---: | ---: | ---: |"
@@ -213,11 +231,13 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the smallest two of each; leaves the page as it is")
     parser.add_argument("--output", default=str(ROOT / "docs" / "growth"), help="without .json and .png")
     options = parser.parse_args()
-    print(HEADER, flush=True)
+    planned = [plan_row(rows, 1 if options.quick else 7) for rows in PLANNED_ROWS]
+    print("\n".join([PLAN_HEADER, *planned, "", HEADER]), flush=True)
     records = measured(runs_of(quick=options.quick))
     Path(f"{options.output}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     draw(records, Path(f"{options.output}.png"))
     if not options.quick:
+        put_table(PAGE, "planner", "\n".join([PLAN_HEADER, *planned]))
         put_table(PAGE, "growth", "\n".join([HEADER, *map(table_row, records)]))
     return 0
 
