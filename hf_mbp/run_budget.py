@@ -25,7 +25,8 @@ class RunBudget:
     """The budget of one trainer's run.
 
     A step calls `settle`, then `planned` with the micro-batches it will run; `shrink` and `checkpoint_from` if memory
-    runs out, on all ranks alike; and `after_step` once the optimizer has stepped, before a checkpoint is saved.
+    runs out, on all ranks alike; `after_passes` when the gradients are there; and `after_step` once the optimizer has
+    stepped, before a checkpoint is saved.
 
     Args:
         trainer: whose budget it is.
@@ -47,6 +48,7 @@ class RunBudget:
         self._planned = Reading()
         self._seen = Reading()
         self._looked_at = -1
+        self._peak_of_passes = 0
 
     # Finding it
 
@@ -217,6 +219,13 @@ class RunBudget:
         is_large = max_bytes is not None and profile.budget.bytes(1, width) > max_bytes
         return bool(is_large) and compat.can_checkpoint(model)
 
+    def after_passes(self) -> None:
+        """Reads what the micro-batches took; what the optimizer takes in its step would not be less for smaller ones.
+
+        Its first step makes its states, and beside them stand, for a moment, the values that it starts from.
+        """
+        self._peak_of_passes = self.gauge.peak_bytes()
+
     def after_step(self) -> None:
         """Compares what the device held with what was planned; to be called by every rank after each optimizer step.
 
@@ -255,8 +264,8 @@ class RunBudget:
             self.gauge.tidy(profile.room.resting_bytes, profile.room.allowed_bytes)
 
     def _read(self, room: memory.Room) -> None:
-        """Adds what the device held in this step to what was seen since the last look."""
-        peak = self.gauge.peak_bytes()
+        """Adds what the device held in the passes of this step to what was seen since the last look."""
+        peak, self._peak_of_passes = self._peak_of_passes, 0
         seen = replace(self._planned, peak_bytes=self._scaled(peak, room))
         self._planned = Reading()
         self._seen = self._seen.merged(seen)

@@ -151,6 +151,7 @@ class Runner:
         if (replicated := wrapped.replicated_in(model)) is not None:
             with self._report.computing():
                 wrapped.reduce_gradients(replicated)
+        self._feed.budget.after_passes()
         is_first = not self._has_stepped or self._trainer.accelerator.optimizer_step_was_skipped
         if is_first and wrapped.recovers(self._trainer.accelerator):
             protect_first_step(self._trainer.optimizer, has_room_for=self._feed.budget.has_room_for)

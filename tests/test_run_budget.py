@@ -107,6 +107,38 @@ def test_a_resumed_run_changes_its_budget_alike(
     torch.testing.assert_close(whole.model.state_dict(), resumed.model.state_dict(), rtol=0, atol=0)
 
 
+class ToldByOptimizer(Told):
+    """A device that holds far too much while the optimizer steps, which smaller micro-batches would not change."""
+
+    has_stepped = False
+
+    def restart(self) -> None:
+        self.has_stepped = False
+
+    def peak_bytes(self) -> int:
+        return 10**12 if self.has_stepped else super().peak_bytes()
+
+
+def test_what_the_optimizer_takes_does_not_shrink_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        gauges[-1].has_stepped = True
+        return step(optimizer, *args, **kwargs)
+
+    gauges: list[ToldByOptimizer] = []
+
+    def gauge(trainer: Any, factor: Any) -> Told:
+        gauges.append(ToldByOptimizer(trainer, factor))
+        return gauges[-1]
+
+    monkeypatch.setitem(globals(), "Told", gauge)
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    _, caps = run(tmp_path, lambda step: 0.9, max_steps=4, optim="adamw_torch")
+    assert gauges[-1].has_stepped
+    assert caps == [caps[0]] * 4
+
+
 def test_another_library_or_device_finds_the_budget_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, lambda step: 0.9, max_steps=6)
     monkeypatch.setattr("hf_mbp.profile._device_name", lambda device: "another")
