@@ -219,8 +219,8 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
             axes.set(xscale="log", xlabel=along)
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(color=GREY, alpha=0.25, linewidth=0.6)
-            axes.set_ylim(bottom=0)
         line[0].set_ylabel(label)
+        line[0].set_ylim(bottom=0)  # of both; after both are drawn, as it ends the search for the top
     grid[0, 0].legend(frameon=False)
     figure.savefig(path, dpi=150)
 
