@@ -27,6 +27,7 @@ import transformers
 from matplotlib.figure import Figure
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.workloads import pad
 from hf_mbp import MBPConfig, MBPTrainer
 from hf_mbp.plan import Budget, Cost, plan_rows
 from marked_table import put_table
@@ -61,13 +62,6 @@ class SimulatedRows(torch.utils.data.Dataset[dict[str, Any]]):
         random = np.random.default_rng(index)
         length = int(np.clip(random.lognormal(3.0, 0.8), 4, 128))
         return {"input_ids": random.integers(5, VOCABULARY, length).tolist(), "labels": index % 2}
-
-
-def pad(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Pads with zeros."""
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
-    labels = torch.tensor([row["labels"] for row in rows])
-    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
 
 
 @dataclass(frozen=True, kw_only=True)

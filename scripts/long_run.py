@@ -28,6 +28,7 @@ import transformers
 from matplotlib.figure import Figure
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.workloads import pad
 from hf_mbp import MBPTrainer
 from peak_meter import highest_resident_bytes
 
@@ -54,13 +55,6 @@ def make_rows() -> list[dict[str, Any]]:
     lengths = np.clip(random.lognormal(3.5, 1.0, ROWS), 4, LONGEST).astype(int)
     tokens = [random.integers(5, VOCABULARY, length).tolist() for length in lengths]
     return [{"input_ids": ids, "labels": ids[0] % 2} for ids in tokens]
-
-
-def pad(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Pads with zeros."""
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
-    labels = torch.tensor([row["labels"] for row in rows])
-    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
 
 
 MEASURED = ("peak_bytes", "resident_bytes", "address_bytes", "micro_batches", "largest_cells")

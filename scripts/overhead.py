@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from benchmarks.workloads import pad
 from hf_mbp import MBPTrainer
 from hf_mbp.cli.sources import resolve_model
 
@@ -53,13 +54,6 @@ def make_rows() -> list[dict[str, Any]]:
     generator = np.random.default_rng(0)
     lengths = np.clip(generator.lognormal(4.2, 0.8, ROWS * STEPS), 8, 512).astype(int)
     return [{"input_ids": generator.integers(1000, 2000, n).tolist(), "labels": int(n) % 2} for n in lengths]
-
-
-def pad(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch of rows, `[rows, width]`."""
-    token_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
-    labels = torch.tensor([row["labels"] for row in rows])
-    return {"input_ids": token_ids, "attention_mask": (token_ids != 0).long(), "labels": labels}
 
 
 def main(path: str | None) -> None:

@@ -43,6 +43,9 @@ their names say.
 * `group_by_length` and `batch_rebalance` change nothing where a step is one batch, and are left out there. In a data
   set as small as this one `group_by_length` sorts the rows of one step at a time; in a large one those of 50, which
   pads less, and makes steps of rows of nearly one length.
+* `mbp-pytorch` and `online-dynamic-batching` take part where they are installed; how, says the head of the script. Both
+  train in plain PyTorch. The former splits the padded batch, {limit_rows} rows at a time. The latter, with {max_tokens}
+  tokens a batch, steps after the batch that completes the rows of a step: its steps are other, larger ones.
 """
 
 TURNS = (
