@@ -20,13 +20,11 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import shlex
 import sys
 import tempfile
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,7 @@ from benchmarks.measure import Laboratory, Measurement, Order
 from benchmarks.results import summary
 from benchmarks.workloads import WORKLOADS, Shape
 from hf_mbp.cli.errors import UserError, run_reporting_errors, user_errors
+from machine import machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
@@ -153,21 +152,6 @@ def as_line(order: Order, measurement: Measurement) -> str:
         f"{1 - measurement.tokens / measurement.cells:>7.1%} padding{measurement.seconds:>7.1f} s"
         f"{measurement.setup_seconds:>6.1f} s before"
     )
-
-
-def machine() -> str:
-    """Processor, cores and, if there is one, GPU."""
-    cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.exists() else []
-    processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    return f"{gpu}{processor}, {os.cpu_count()} cores"
-
-
-def versions() -> str:
-    """Of what the speed depends on."""
-    packages = ("torch", "transformers", "accelerate", "hf-mbp")
-    return f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in packages)
 
 
 def report_on(options: argparse.Namespace) -> dict[str, Any]:

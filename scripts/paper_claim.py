@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from hf_mbp.cli.errors import UserError, run_reporting_errors
 from hf_mbp.cli.sources import resolve_model
 from hf_mbp.memory import format_bytes
+from machine import machine, versions
 from own_process import OwnProcesses, ProcessDiedError
 from paper.cases import CASES, MIB, MODEL, QUICK, Case
 from paper.runs import Outcome, Run, perform
@@ -227,19 +227,8 @@ def as_results(claim: Claim) -> dict[str, Any]:
         "at_fit": asdict(claim.at_fit),
         "multiples": {str(times): asdict(outcome) for times, outcome in claim.multiples.items()},
         "checks": claim.checks,
-        "machine": machine(),
+        "machine": f"{machine()}, {torch.get_num_threads()} threads; {versions()}",
     }
-
-
-def machine() -> str:
-    """Processor, cores and versions."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    return (
-        f"{gpu}{processor}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
 
 
 def verdict(claim: Claim) -> str:

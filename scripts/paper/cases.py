@@ -6,7 +6,7 @@ import itertools
 import json
 import lzma
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,9 @@ def write_nothing(folder: Path) -> None:
 class Case:
     """A model and its data; `prepare(rows, folder)` returns the model, that many rows, and the collator.
 
-    `write(folder)` puts there what it will read.
-
-    `headroom` is what the limit leaves, in bytes: for gradients, the optimizer's states and activations. The search for
-    the most rows that the plain Trainer can hold begins with `first_try`.
+    `write(folder)` puts there what it will read. `headroom` is what the limit leaves, in bytes: for gradients, the
+    optimizer's states and activations. The search for the most rows that the plain Trainer can hold begins with
+    `first_try`.
     """
 
     name: str
@@ -140,14 +139,12 @@ CASES = (
         first_try=80,
     ),
 )
-QUICK = Case(
+QUICK = replace(
+    CASES[1],
     name="quick",
-    title="small ViT",
     data="192 handwritten digits of scikit-learn, 65 tokens each",
-    prepare=prepare_images,
     data_set_rows=192,
     steps=2,
-    learning_rate=1e-3,
     headroom=48 * MIB,
     first_try=16,
     multiples=(2, 6),
