@@ -144,6 +144,11 @@ def num_frames(features: Any) -> int:
     )
 
 
+def has_targets(model: Any) -> bool:
+    """Whether rows have two parts that are padded separately: those of an encoder-decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def target_length(row: Any) -> int:
     """Tokens of the target that an encoder-decoder pads separately: the length of `labels`."""
     labels = row.get("labels") if isinstance(row, Mapping) else None

@@ -92,8 +92,8 @@ class Evaluation:
             return self._whole(run, inputs)
         batch = EvalBatch(
             inputs=dict(inputs),
-            has_targets=self._has_targets(),
-            multiple_of=getattr(self._trainer.data_collator, "pad_to_multiple_of", None) or 1,
+            has_targets=self._trainer.mbp_rows.has_targets,
+            multiple_of=self._trainer.mbp_rows.multiple_of or 1,
             rows_each=other_trainers.rows_each(self._trainer),
         )
         generates = bool(getattr(self._trainer.args, "predict_with_generate", False)) and not prediction_loss_only
@@ -254,9 +254,6 @@ class Evaluation:
 
     def _num_items(self, inputs: Inputs) -> float:
         return float(self._trainer.mbp_rows.num_items(inputs))
-
-    def _has_targets(self) -> bool:
-        return bool(getattr(getattr(self._trainer.model, "config", None), "is_encoder_decoder", False))
 
     def _cost_of_model(self) -> Cost:
         if self._cost is None:

@@ -156,7 +156,7 @@ class _Loop:
 
     @property
     def has_targets(self) -> bool:
-        return bool(getattr(getattr(self.base, "config", None), "is_encoder_decoder", False))
+        return collate.has_targets(self.base)
 
     def sizes(self, rows: Sequence[Any], row_length: Callable[[Any], int]) -> Ints:
         sizes = as_sizes([(row_length(row), collate.target_length(row) * self.has_targets) for row in rows])

@@ -46,9 +46,9 @@ class RowReader:
     def _parts(self, row: Any) -> tuple[int, ...]:
         if isinstance(row, CollatedRow):
             parts = row.parts or (self.trainer.row_length(row.fields()),)
-            return (*parts, row.num_targets) if self._has_targets() else parts
+            return (*parts, row.num_targets) if self.has_targets else parts
         length = self.trainer.row_length(row)
-        return (length, collate.target_length(row)) if self._has_targets() else (length,)
+        return (length, collate.target_length(row)) if self.has_targets else (length,)
 
     @property
     def multiple_of(self) -> int | None:
@@ -73,7 +73,7 @@ class RowReader:
     def _cut_out(self, rows: list[CollatedRow], *, keep_width: bool) -> Inputs:
         return cut_out(
             rows,
-            has_targets=self._has_targets(),
+            has_targets=self.has_targets,
             multiple_of=self.multiple_of or 1,
             keep_width=keep_width or need_one_width(rows),
         )
@@ -112,12 +112,14 @@ class RowReader:
         """
         return checked_count(self.trainer.num_items(inputs))
 
-    def _has_targets(self) -> bool:
-        return bool(getattr(getattr(self.trainer.model, "config", None), "is_encoder_decoder", False))
+    @property
+    def has_targets(self) -> bool:
+        """Whether rows have a part that the decoder gets, padded by itself."""
+        return collate.has_targets(self.trainer.model)
 
     def num_cells(self, inputs: Mapping[str, Any]) -> int | None:
         """Positions of the batch, padding and all; None where there is no telling."""
-        return collate.count_cells(inputs, with_targets=self._has_targets())
+        return collate.count_cells(inputs, with_targets=self.has_targets)
 
     def find_out_together(self, rows: list[Any]) -> None:
         """Tries the loss now, on all ranks alike: a forward pass of a sharded model is a collective."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hf_mbp import memory, wrapped
-from hf_mbp.collate import count_cells, num_rows_of
+from hf_mbp.collate import num_rows_of
 from hf_mbp.fit import Measured, fit_budget, held_out_error
 from hf_mbp.gauge import Gauge
 from hf_mbp.optimizer_memory import step_bytes
@@ -181,8 +181,5 @@ def _measure(trainer: Any, row: Any, num_rows: int, width: int, *, is_cut: bool)
     def run() -> None:
         loss_of(trainer, inputs, num_items).backward()  # type: ignore[no-untyped-call]
 
-    has_targets = bool(getattr(getattr(trainer.model, "config", None), "is_encoder_decoder", False))
-    cells = count_cells(
-        inputs, with_targets=has_targets
-    )  # targets and further choices are cut otherwise, or not at all
+    cells = trainer.mbp_rows.num_cells(inputs)  # targets and further choices are cut otherwise, or not at all
     return num_rows, width if cells is None else cells / num_rows, memory.measure_activations(run)
