@@ -232,8 +232,8 @@ def balance_note(num_ranks: int, why_not: str | None) -> str:
     """How the rows of a step are dealt to several processes."""
     if why_not is None:
         return (
-            f"hf_mbp: the rows of a step are dealt to {num_ranks:,} processes by their cost: few long ones to the "
-            "first, many short ones to the last."
+            f"hf_mbp: the rows of a step are dealt to {num_ranks:,} processes by their cost, so that none waits long "
+            "for another."
         )
     return (
         f"hf_mbp: rows are not dealt to processes by their cost, because {why_not}: a process with longer rows makes "
