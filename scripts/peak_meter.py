@@ -26,11 +26,15 @@ class PeakMeter:
         self.device = device
         self.base_bytes = self.highest_bytes = 0
         self._is_polling, self._is_done = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> PeakMeter:
         self._thread = threading.Thread(target=self._poll, daemon=True)
         self._thread.start()
-        self._is_polling.wait()
+        self._is_polling.wait()  # what a thread needs for itself is there now
+        with self._lock:
+            self._restart()
+            self.base_bytes = self.highest_bytes = self._read()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -43,13 +47,12 @@ class PeakMeter:
         return self.highest_bytes - self.base_bytes
 
     def _poll(self) -> None:
-        self._restart()
-        self.base_bytes = self.highest_bytes = self._read()  # what a thread needs for itself is there now
-        self._is_polling.set()
         is_done = False
         while not is_done:
             is_done = self._is_done.wait(POLL_SECONDS)
-            self.highest_bytes = max(self.highest_bytes, self._read())
+            with self._lock:
+                self.highest_bytes = max(self.highest_bytes, self._read())
+            self._is_polling.set()
 
     def _restart(self) -> None:
         if self.device == "cuda":
@@ -75,8 +78,8 @@ class AddressSpaceMeter(PeakMeter):
     Resident memory can be more than that on top of what was there: a program fills gaps in what it had mapped before.
     """
 
-    def _restart(self) -> None:
-        super()._restart()
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
         self._old_peak_bytes = status_bytes("VmPeak")
 
     def _read(self) -> int:
