@@ -14,6 +14,7 @@ from hf_mbp.accumulation import half_precision
 from hf_mbp.collate import Batch, Inputs, Rows
 from hf_mbp.distributed import Ranks
 from hf_mbp.plan import Budget, Cost, Ints, too_long_message
+from hf_mbp.probe import modules_of
 from hf_mbp.recovery import Fault
 from hf_mbp.report import (
     StepReport,
@@ -27,10 +28,10 @@ from hf_mbp.report import (
 from hf_mbp.row_reader import RowReader, need_one_width
 from hf_mbp.run_budget import RunBudget
 from hf_mbp.sizing import cost_of
-from hf_mbp.start_check import StartCheck
+from hf_mbp.start_check import CHECKED_ROWS, FEWEST_COMPARED, StartCheck
 from hf_mbp.step import MicroBatch, RowFunctions, as_filler, split_mini_batch, weigh
 from hf_mbp.too_large import too_large_error
-from hf_mbp.undisturbed import remembered_collator
+from hf_mbp.undisturbed import own_random_numbers, remembered_collator, untouched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,7 @@ class Feed:
         self._put_back_collator: Callable[[], None] = remembered_collator(None)
         self._has_told: set[str] = set()
         self._balance_note: str | None = None
+        self._is_balanced = False
         self.is_compiled = False
 
     def restart(self) -> None:
@@ -96,7 +98,9 @@ class Feed:
         if why_not is not None:
             return loader
         batches_dealt = 1 if self.rows.workers_collate else trainer.args.gradient_accumulation_steps
-        return loaders.balanced(loader, cost_of(trainer.model, trainer.args.device), batches_dealt)
+        self._is_balanced = True
+        cost = cost_of(trainer.model, trainer.args.device)
+        return loaders.balanced(loader, cost, batches_dealt, has_targets=self.rows.has_targets)
 
     def as_many_as_others(self, batches: list[Any]) -> list[Any]:
         """The batches that were read, and empty ones where other ranks have read more: all stop at the same step.
@@ -181,7 +185,8 @@ class Feed:
         is_first_step = self._cost is None
         if is_first_step and wrapped.is_sharded(self.trainer):
             self.rows.find_out_together(pools[0].rows)
-        checks = [self.check.run(pool.rows, pool.sizes, budget) for pool in pools if self.check.is_due(pool.rows[0])]
+        due = [self._enough_to_check(pool) for pool in pools if self.check.is_due(pool.rows[0])]
+        checks = [self.check.run(pool.rows, pool.sizes, budget) for pool in due]
         micro_batches = self._plan()
         if is_first_step:
             batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
@@ -232,6 +237,13 @@ class Feed:
         if need_one_width(rows):
             sizes = np.broadcast_to(sizes.max(axis=0), sizes.shape)
         return Pool(rows=rows, sizes=sizes, batch_sizes=batch_sizes)
+
+    def _enough_to_check(self, pool: Pool) -> Pool:
+        """The pool; with the first rows of the data where dealing by cost has left this rank too few to compare."""
+        if len(pool.rows) >= FEWEST_COMPARED or not self._is_balanced:
+            return pool
+        with own_random_numbers(modules_of(self.trainer)), untouched(self.trainer):
+            return self._pool([pool.rows, self.rows.sample(CHECKED_ROWS)])
 
     def _spare_row(self) -> list[Any]:
         """A row to take part with, where this rank has none and others have."""
