@@ -25,7 +25,9 @@ real: once model and data are there, the process may take only so many MiB more 
 the memory on a GPU), for gradients, the states of AdamW and activations. No budget is named: `MBPTrainer` finds it.
 
 Memory is address space, which is what `RLIMIT_AS` limits (on a GPU, what torch has reserved), at its highest, counted
-from when model and data were there.
+from when model and data were there. A micro-batch has fewer rows than the plain `Trainer` can hold: beside its
+activations stand the gradients of the rows before it, and a tenth of the limit is left free.
+
 Each run is a process of its own, in float32 and without dropout. On a CPU glibc was told to return freed tensors to the
 system (`MALLOC_MMAP_THRESHOLD_=131072`), for either trainer: else its peak depends on how freed pieces happen to fit.
 """
@@ -118,10 +120,9 @@ def draw_peaks(axes: Any, result: dict[str, Any]) -> None:
     heights = [outcome["peak_bytes"] / MIB for _, outcome, _ in bars]
     axes.bar([label for label, _, _ in bars], heights, width=0.6, color=[colour for _, _, colour in bars])
     for x, height in enumerate(heights):
-        # at the foot of the bar: above it may run the limit
-        axes.annotate(
-            f"{height:,.0f}", (x, 0), (0, 4), textcoords="offset points", ha="center", color="white", weight="bold"
-        )
+        above = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+        beside_limit = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.annotate(f"{height:,.0f}", (x, height), bbox=beside_limit, **above)
     axes.bar([0], [0], color=BLUE, label="MBPTrainer")
     axes.bar([0], [0], color=ORANGE, label="Trainer (rightmost: without the limit)")
     axes.axhline(limit, color=RED, linestyle="--", linewidth=1.2, label=f"limit: {limit:,.0f} MiB")
