@@ -55,6 +55,7 @@ LAYERS = [
     "wrapped",
     "config",
     "gauge",
+    "stopwatch",
     "memory",
     "optimizer_memory",
     "fit",
@@ -66,6 +67,7 @@ LAYERS = [
     "padding",
     "distributed",
     "collate",
+    "calibration",
     "plan",
     "cuts",
     "other_trainers",
@@ -139,6 +141,7 @@ def test_the_parser_sees_the_imports_there_are() -> None:
     ("layer", "must_not_import"),
     [
         ("plan", {"torch", "transformers", "accelerate", "datasets"}),
+        ("calibration", {"torch", "transformers", "accelerate", "datasets"}),
         ("cuts", {"torch", "transformers", "accelerate", "datasets"}),
         ("step", {"transformers", "accelerate", "datasets"}),
         ("distributed", {"transformers", "datasets"}),
