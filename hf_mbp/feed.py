@@ -27,6 +27,7 @@ from hf_mbp.report import (
 )
 from hf_mbp.row_reader import RowReader, need_one_width
 from hf_mbp.run_budget import RunBudget
+from hf_mbp.run_cost import RunCost
 from hf_mbp.sizing import cost_of
 from hf_mbp.start_check import CHECKED_ROWS, FEWEST_COMPARED, StartCheck
 from hf_mbp.step import MicroBatch, RowFunctions, as_filler, split_mini_batch, weigh
@@ -60,8 +61,8 @@ class Feed:
         self.ranks = ranks
         self.report = report
         self.budget = RunBudget(trainer, ranks, self._tell)
+        self.cost = RunCost(trainer, ranks, self._tell)
         self.check = StartCheck(trainer, ranks)
-        self._cost: Cost | None = None
         self._filler: MicroBatch | None = None
         self._left_over: list[Any] = []
         self._spare: list[Any] = []
@@ -76,7 +77,8 @@ class Feed:
     def restart(self) -> None:
         """Forgets what was found out about the model, data and memory; a new run of training finds it out again."""
         self.budget.forget()
-        self._cost, self._filler = None, None
+        self.cost.forget()
+        self._filler = None
         self._left_over, self._spare = [], []
         self.check.restart()
         self.rows.restart()
@@ -182,7 +184,7 @@ class Feed:
         largest = max(pools, key=lambda pool: _longest(pool.sizes))
         budget = self.budget.settle(largest.rows, largest.sizes)
         max_tokens = self._warn_of_long_rows(budget, _longest(largest.sizes))
-        is_first_step = self._cost is None
+        is_first_step = not self.cost.is_settled
         if is_first_step and wrapped.is_sharded(self.trainer):
             self.rows.find_out_together(pools[0].rows)
         due = [self._enough_to_check(pool) for pool in pools if self.check.is_due(pool.rows[0])]
@@ -204,7 +206,7 @@ class Feed:
         """The rows of the step in micro-batches, within the budget that is now."""
         pools, args = self._pools_of_step, self.trainer.args
         largest = max(pools, key=lambda pool: _longest(pool.sizes))
-        budget, cost = self.budget.settle(largest.rows, largest.sizes), self._cost_of_model()
+        budget, cost = self.budget.settle(largest.rows, largest.sizes), self.cost.of_step()
         with collate.seeded(args.seed, self.trainer.state.global_step, args.process_index):
             planned = [micro_batch for pool in pools for micro_batch in self._planned(pool, budget, cost)]
         batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
@@ -317,13 +319,6 @@ class Feed:
         if not budget.fits(1, longest) and not self.budget.is_lowered and self._is_first("long row"):
             warnings.warn(too_long_message(longest, max_tokens), stacklevel=2)
         return max_tokens
-
-    # Before the first step
-
-    def _cost_of_model(self) -> Cost:
-        if self._cost is None:
-            self._cost = cost_of(self.trainer.model, self.trainer.args.device)
-        return self._cost
 
 
 def _inputs(batch: Any) -> Inputs:

@@ -43,11 +43,11 @@ class Cost:
             if not value >= 0:
                 raise ValueError(f"Cost.{name} must not be negative, got {value!r}.")
 
-    def __call__(self, rows: Ints, width: Ints) -> Floats:
+    def __call__(self, rows: Ints | Floats, width: Ints | Floats) -> Floats:
         """Modelled time of micro-batches of `rows` rows padded to `width`."""
         return np.asarray(self.overhead + np.maximum(self.floor, rows * self.of_row(width)), dtype=np.float64)
 
-    def of_row(self, width: Ints) -> Floats:
+    def of_row(self, width: Ints | Floats) -> Floats:
         """Modelled time of what one row adds to a micro-batch padded to `width`, but for the floor."""
         return np.asarray(width * (self.cell + self.attention * width), dtype=np.float64)
 
