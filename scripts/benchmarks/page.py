@@ -1,31 +1,32 @@
-"""Writes what was measured as a table, a page and a picture."""
+"""Writes what was measured as a page: tables, and how to read them."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from benchmarks.contestants import BASELINE, CONTESTANTS, LIMIT_ROWS
+from benchmarks.contestants import CONTESTANTS, GOAL
+from benchmarks.sizes import SIZES
+from benchmarks.task import LIMIT_ROWS
 from benchmarks.workloads import WORKLOADS, Shape
 
 MIB = 2**20
 
-# From the Okabe-Ito palette, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREY, INK = "#0072B2", "#E69F00", "#999999", "#333333"
-
 Report = dict[str, Any]
 """What the JSON file holds."""
 
+Entry = dict[str, Any]
+"""Of the summary: one contestant in one place."""
+
 INTRODUCTION = """\
-# Speed and memory beside the stock Trainer
+# Speed, memory and loss beside the stock Trainer
 
 Written by `scripts/benchmark.py`; run it again to measure on your machine. All that was measured is in
 [{name}.json]({name}.json).
 
 Each measurement is a process of its own: a warm-up step of short rows, then whole epochs. {turns} All train the same
-rows with the same optimizer (AdamW, in float32, with the model's dropout), and with the default options but for what
+rows with the same optimizer (AdamW, {precision}, with the model's dropout), and with the default options but for what
 their names say.
 
 * **rows a step**: `per_device_train_batch_size` x `gradient_accumulation_steps`.
@@ -33,6 +34,11 @@ their names say.
 * **peak memory**: {memory}, on top of what the process held after import and
   model building. It covers gradients and optimizer states as well as activations, and whatever a trainer tries before
   its first step.
+* **loss**: of the trained model, over all rows of the workload, in plain PyTorch and without dropout. All have seen the
+  same rows, so a higher one is what speed was paid for with. Something can be learned from the rows in a few steps:
+  their first word tells the class, or, for language models, some words are frequent and some follow others. Order and
+  dropout differ, so small differences mean nothing, and a tiny model learns next to nothing. Equal rows are other rows,
+  and have no loss here.
 * **before**: seconds between the warm-up and the first step: reading the first rows, and what `MBPTrainer` finds out
   about model and memory. They are not part of the speed.
 * **max_tokens**: `max_tokens_per_micro_batch={max_tokens}`. **memory_limit**: {headroom:,.0f} MiB more than the process
@@ -43,9 +49,15 @@ their names say.
 * `group_by_length` and `batch_rebalance` change nothing where a step is one batch, and are left out there. In a data
   set as small as this one `group_by_length` sorts the rows of one step at a time; in a large one those of 50, which
   pads less, and makes steps of rows of nearly one length.
-* `mbp-pytorch` and `online-dynamic-batching` take part where they are installed; how, says the head of the script. Both
-  train in plain PyTorch. The former splits the padded batch, {limit_rows} rows at a time. The latter, with {max_tokens}
-  tokens a batch, steps after the batch that completes the rows of a step: its steps are other, larger ones.
+* Other packages take part where they are installed; how, says the head of the script.
+  `mbp-pytorch` and `online-dynamic-batching` train in plain PyTorch. The former splits the padded batch, {limit_rows}
+  rows at a time. The latter, with {max_tokens} tokens a batch, steps after the batch that completes the rows of a step:
+  its steps are other, larger ones.
+* **TRL** is `SFTTrainer`, for language models only, without the recomputation of activations that it does by default.
+  It also computes entropy and accuracy in every step. Padding-free, the rows of a batch are one long row with a mask
+  between them: without FlashAttention attention costs the square of its length. Packing puts rows together by length,
+  once before training (best fit decreasing, into packs of the longest row's length, one at a time). No row is cut and
+  none sees another, but a step has other rows than by chance, and other numbers of them than were asked for.
 """
 
 TURNS = (
@@ -57,6 +69,14 @@ ONE_TURN = "Every contestant was measured once,\nso nothing is known about the s
 BUSY = 0.25
 """Share of the cores that others used when the measurements began, from which the reader is warned."""
 
+PRECISION = {"float32": "in float32", "bfloat16": "with forward passes in bfloat16 and weights in float32"}
+
+ON_A_GPU = """\
+* **FLOPs used**: what useful tokens need, six operations a weight and twelve for each pair of positions, layer and
+  hidden unit, of what the GPU's data sheet promises (dense, bfloat16). Padding and recomputation do not count.
+* **of the GPU's**: the most memory that was held, model included, as a share of all that the GPU has.
+"""
+
 MEMORY = {"cpu": "the highest resident memory", "cuda": "the most memory that torch had reserved on the GPU"}
 
 
@@ -66,16 +86,19 @@ def page(report: Report, name: str) -> str:
     introduction = INTRODUCTION.format(
         name=name,
         turns=TURNS.format(count=repetitions) if (repetitions := settings["repetitions"]) > 1 else ONE_TURN,
+        precision=PRECISION[settings["dtype"]],
         memory=MEMORY[settings["device"]],
         max_tokens=settings["max_tokens"],
         headroom=settings["headroom_bytes"] / MIB,
         limit_rows=LIMIT_ROWS,
     )
+    if settings["device"] == "cuda":
+        introduction += ON_A_GPU
     measured = (
         f"Measured on {report['machine']}; {report['versions']}; {report['seconds'] / 60:.0f} minutes in all. "
         f"{busy_note(report)}\n\n    {report['command']}\n"
     )
-    return "\n".join([introduction, f"![Speed and memory]({name}.png)\n", measured, tables(report)])
+    return "\n".join([introduction, measured, tables(report, name)])
 
 
 def busy_note(report: Report) -> str:
@@ -87,28 +110,66 @@ def busy_note(report: Report) -> str:
     return note
 
 
-def tables(report: Report) -> str:
-    """A table for each place."""
-    return "\n".join(table(workload, shape, entries) for (workload, shape), entries in places(report).items())
+def tables(report: Report, name: str | None = None) -> str:
+    """A section for each workload, with a table for each shape; with the picture beside the page of that `name`."""
+    columns = columns_of(report["settings"])
+    sections = []
+    for workload, shapes in places(report).items():
+        sections.append(f"## {workload}\n\n{what_of(workload, next(iter(shapes.values()))[0])}\n")
+        if name is not None:
+            sections.append(f"![Speed and memory, {workload}]({name}-{workload}.png)\n")
+        sections += [table(shape, entries, columns) for shape, entries in shapes.items()]
+    return "\n".join(sections)
 
 
-def places(report: Report) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def places(report: Report) -> dict[str, dict[str, list[Entry]]]:
     """The entries of each workload and shape."""
-    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    grouped: dict[str, dict[str, list[Entry]]] = {}
     for entry in report["summary"]:
-        grouped.setdefault((entry["workload"], entry["shape"]), []).append(entry)
+        grouped.setdefault(entry["workload"], {}).setdefault(entry["shape"], []).append(entry)
     return grouped
 
 
-def table(workload: str, shape: str, entries: list[dict[str, Any]]) -> str:
+def what_of(name: str, entry: Entry) -> str:
+    """Workload and model in words, and the loss of a model that knows nothing."""
+    workload, size = WORKLOADS[name], SIZES[entry["size"]]
+    model = size.what(is_language_model=workload.is_language_model)
+    return f"{model}; {workload.what}. The loss is {workload.untrained_loss(size):.3f} if nothing is learned."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """Of a table: its title, and what a contestant has there."""
+
+    title: str
+    cell: Callable[[Entry], str]
+
+
+def columns_of(settings: dict[str, Any]) -> list[Column]:
+    """Those of a CPU, and two more of a GPU whose memory and speed are known."""
+    columns = [
+        Column(title="useful tokens/s", cell=lambda e: ranged(e["tokens_per_second"], "{:,.0f}")),
+        Column(title="x Trainer", cell=lambda e: ranged(e["speed_ratio"], "{:.2f}")),
+        Column(title="padding", cell=lambda e: f"{e['padding_fraction']:.1%}"),
+        Column(title="micro-batches a step", cell=lambda e: f"{e['micro_batches_per_step']:.1f}"),
+        Column(title="peak memory (MiB)", cell=lambda e: ranged(e["peak_bytes"], "{:,.0f}", MIB)),
+        Column(title="loss", cell=lambda e: "" if is_goal(e) else ranged(e["loss"], "{:.3f}")),
+        Column(title="before (s)", cell=lambda e: ranged(e["setup_seconds"], "{:.1f}")),
+    ]
+    if total := settings["device_bytes"]:
+        columns.insert(5, Column(title="of the GPU's", cell=lambda e: ranged(e["held_bytes"], "{:.0%}", total)))
+    if peak := settings["peak_flops"]:
+        columns.insert(2, Column(title="FLOPs used", cell=lambda e: ranged(e["flops_per_second"], "{:.1%}", peak)))
+    return columns
+
+
+def table(shape: str, entries: list[Entry], columns: list[Column]) -> str:
     """Of one place."""
     lines = [
-        f"## {workload}, {title_of(shape)}\n",
-        f"{WORKLOADS[workload].what}.\n",
-        "| contestant | useful tokens/s | x Trainer | padding | micro-batches a step | peak memory (MiB) | x Trainer "
-        "| before (s) |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        *(row(entry) for entry in entries),
+        f"### {title_of(shape)}\n",
+        as_row("contestant", [column.title for column in columns]),
+        as_row("---", ["---:"] * len(columns)),
+        *(row(entry, columns) for entry in entries),
         "",
     ]
     return "\n".join(lines)
@@ -120,20 +181,26 @@ def title_of(shape: str) -> str:
     return f"{parsed.rows_per_batch} x {parsed.batches} rows a step"
 
 
-def row(entry: dict[str, Any]) -> str:
-    """Of one contestant."""
+def row(entry: Entry, columns: list[Column]) -> str:
+    """Of one contestant; what went wrong stands in the first column."""
     title = CONTESTANTS[entry["contestant"]].title
     if entry["error"]:
-        return f"| {title} | **fails**: {entry['error'].splitlines()[0][:80]} | | | | | | |"
-    return (
-        f"| {title} | {ranged(entry['tokens_per_second'], '{:,.0f}')} | {ranged(entry['speed_ratio'], '{:.2f}')} "
-        f"| {entry['padding_fraction']:.1%} | {entry['micro_batches_per_step']:.1f} "
-        f"| {ranged(entry['peak_bytes'], '{:,.0f}', MIB)} | {ranged(entry['memory_ratio'], '{:.2f}')} "
-        f"| {ranged(entry['setup_seconds'], '{:.1f}')} |"
-    )
+        failure = f"**fails**: {entry['error'].splitlines()[0][:80]}"
+        return as_row(title, [failure, *[""] * (len(columns) - 1)])
+    return as_row(title, [column.cell(entry) for column in columns])
 
 
-def ranged(values: dict[str, float] | None, form: str, unit: int = 1) -> str:
+def as_row(first: str, others: list[str]) -> str:
+    """In Markdown."""
+    return f"| {' | '.join([first, *others])} |".replace("|  |", "| |")
+
+
+def is_goal(entry: Entry) -> bool:
+    """Whether it trains other rows than the others."""
+    return CONTESTANTS[entry["contestant"]].family == GOAL
+
+
+def ranged(values: dict[str, float] | None, form: str, unit: float = 1) -> str:
     """A median with its range.
 
     Example:
@@ -144,50 +211,3 @@ def ranged(values: dict[str, float] | None, form: str, unit: int = 1) -> str:
         return ""
     median, low, high = (form.format(values[name] / unit) for name in ("median", "min", "max"))
     return median if low == high else f"{median} ({low}..{high})"
-
-
-def draw(report: Report, path: Path) -> None:
-    """Two pictures for each place: bars of speed and of memory, with their ranges."""
-    grouped = places(report)
-    heights = [1.1 + 0.36 * len(entries) for entries in grouped.values()]
-    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
-    grid = figure.subplots(len(grouped), 2, squeeze=False, height_ratios=heights)
-    for (speed, memory), ((workload, shape), entries) in zip(grid, grouped.items(), strict=True):
-        where = f"{workload}, {title_of(shape)}"
-        draw_bars(speed, entries, "tokens_per_second", 1, f"{where}: useful tokens a second", "higher is better")
-        draw_bars(memory, entries, "peak_bytes", MIB, "peak memory (MiB)", "lower is better")
-        memory.set_yticklabels([])
-    figure.savefig(path, dpi=150)
-
-
-def draw_bars(axes: Any, entries: list[dict[str, Any]], value: str, unit: int, title: str, better: str) -> None:
-    """A bar for each contestant; one that failed has none."""
-    spreads = [entry.get(value) or {"median": 0, "min": 0, "max": 0} for entry in entries]
-    medians = [spread["median"] / unit for spread in spreads]
-    ranges = [
-        [(spread["median"] - spread["min"]) / unit for spread in spreads],
-        [(spread["max"] - spread["median"]) / unit for spread in spreads],
-    ]
-    axes.barh(range(len(entries)), medians, xerr=ranges, height=0.62, color=[colour(e) for e in entries], ecolor=INK)
-    for y, (entry, spread) in enumerate(zip(entries, spreads, strict=True)):
-        text = "fails" if entry["error"] else f"{spread['median'] / unit:,.0f}"
-        axes.annotate(
-            text, (spread["max"] / unit, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9
-        )
-    axes.set_yticks(range(len(entries)), [CONTESTANTS[entry["contestant"]].title for entry in entries])
-    axes.invert_yaxis()
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.set_xlabel(better, fontsize=9)
-    axes.margins(x=0.15)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", color=GREY, alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-
-
-def colour(entry: dict[str, Any]) -> str:
-    """Of ours, of what it is compared with, and of the goal post."""
-    name = entry["contestant"]
-    if name.startswith("mbp"):
-        return BLUE
-    return GREY if not name.startswith((BASELINE, "group", "batch")) else ORANGE
