@@ -72,16 +72,17 @@ def test_the_models_have_the_sizes_of_their_namesakes() -> None:
 @pytest.mark.parametrize(("make", "is_language_model"), [(rows_to_classify, False), (rows_to_continue, True)])
 def test_something_can_be_learned_and_the_loss_shows_it(make: Any, is_language_model: bool) -> None:
     torch.manual_seed(0)
-    rows = make([3, 9, 4, 12, 20, 7, 5, 11] * 4, 100)
+    rows = make([3, 9, 4, 12, 20, 7, 5, 11] * 16, 100)
+    seen, unseen = rows[:64], rows[64:]  # what is only remembered does not help with the latter
     model = SIZES["tiny"].model(is_language_model=is_language_model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    before = loss_over(model, rows)
+    before = loss_over(model, unseen)
     model.train()
-    for _ in range(30):
-        model(**pad(rows)).loss.backward()
+    for _ in range(40):
+        model(**pad(seen)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss_over(model, rows) < 0.8 * before
+    assert loss_over(model, unseen) < 0.9 * before
     untrained = WORKLOADS["tiny_lm" if is_language_model else "tiny"].untrained_loss(SIZES["tiny"])
     assert before == pytest.approx(untrained, rel=0.1)
 
