@@ -28,7 +28,7 @@ import transformers
 from matplotlib.figure import Figure
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.workloads import pad
+from benchmarks.rows import pad
 from hf_mbp import MBPTrainer
 from peak_meter import status_bytes
 
