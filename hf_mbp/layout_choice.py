@@ -5,6 +5,7 @@ from math import isclose, isfinite
 from typing import Any
 
 from hf_mbp import equivalence, other_trainers, padding_free, wrapped
+from hf_mbp.collate import num_rows_of
 from hf_mbp.comparison import NothingToCompareError
 from hf_mbp.distributed import Ranks
 from hf_mbp.items import with_an_item
@@ -87,6 +88,8 @@ def _why_impossible(trainer: Any) -> str:
 
 def _why_not_these(trainer: Any, rows: list[Any]) -> Finding:
     (inputs,) = trainer.mbp_rows.collate([rows])
+    if num_rows_of(inputs) != len(rows):
+        return Finding(reason="the collator does not return one row for each that it gets")
     return Finding(reason=padding_free.why_padded(inputs) or "")
 
 

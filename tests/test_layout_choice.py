@@ -13,6 +13,7 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
     GPT2LMHeadModel,
     JambaConfig,
     JambaForCausalLM,
@@ -314,6 +315,11 @@ def test_what_is_not_possible_is_refused_if_it_was_asked_for(name: str, tmp_path
     remedy = r"Leave padding_free at None, which pads where that is needed\."
     with pytest.raises(ValueError, match=rf"padding_free=True cannot be met: .*{reason}.* {remedy}"):
         trained(make(), rows, tmp_path, padding_free=True)
+
+
+def test_a_collator_that_lays_rows_end_to_end_itself(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the collator does not return one row for each that it gets"):
+        trained(llama(), CAUSAL, tmp_path, padding_free=True, data_collator=DataCollatorWithFlattening())
 
 
 def test_a_compiled_model(tmp_path: Path) -> None:

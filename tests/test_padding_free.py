@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import DataCollatorWithFlattening
 
 from hf_mbp.filler import WIDTH, filler_of, shortest_filler_of
 from hf_mbp.padding import settle_left_padding
@@ -54,8 +55,6 @@ def test_boundaries_are_those_of_the_rows() -> None:
 
 
 def test_what_transformers_flattens_itself_is_the_same() -> None:
-    from transformers import DataCollatorWithFlattening
-
     theirs = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([dict(row) for row in ROWS])
     ours = laid(padded("right"))
     assert ours.keys() == theirs.keys()
