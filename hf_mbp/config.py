@@ -75,9 +75,8 @@ memory_limit="20GiB", or memory_limit=0.8 for 80 % of the memory.
     padding_free: bool | None = field(
         default=None,
         metadata={
-            "help": "Lay the rows of a micro-batch end to end instead of padding them. Default: where that was checked "
-            "to be exact and is surely faster, under flash attention. True: under any attention, or refuse to train; "
-            "False: never."
+            "help": "Lay the rows of a micro-batch end to end instead of padding them. Default: under flash attention, "
+            "where that was checked to be exact. True: under any attention, or refuse to train. False: never."
         },
     )
 

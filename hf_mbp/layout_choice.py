@@ -11,6 +11,8 @@ from hf_mbp.distributed import Ranks
 from hf_mbp.items import with_an_item
 from hf_mbp.out_of_memory import give_back_memory, is_out_of_memory
 from hf_mbp.plan import Ints, Layout
+from hf_mbp.probe import modules_of
+from hf_mbp.undisturbed import own_random_numbers, untouched
 
 COMPARED_ROWS = 8
 """Rows that are compared, padded together and laid end to end in parts."""
@@ -59,14 +61,20 @@ def choose_layout(trainer: Any, ranks: Ranks, rows: list[Any], sizes: Ints) -> C
         return Choice()
     layout = Layout.SEGMENTS if pays else Layout.ONE_ROW
     shortest: list[Any] = [rows[index] for index in sizes.sum(axis=1).argsort(kind="stable")[:ROWS_TO_CHOOSE_FROM]]
-    reason = _why_impossible(trainer) or _agreed(_why_not_these(trainer, shortest), ranks)
-    if not reason:
-        reason = _agreed(_compared(trainer, ranks, shortest, layout), ranks)
+    with own_random_numbers(modules_of(trainer)), untouched(trainer):
+        reason = _why_not(trainer, ranks, shortest, layout)
     if not reason:
         return Choice(layout=layout, note="Rows are laid end to end, which was checked to be exact.")
     if asked:
         raise ValueError(f"padding_free=True cannot be met: {reason}. {REMEDY}")
     return Choice(note=f"Rows are not laid end to end, because {reason}.")
+
+
+def _why_not(trainer: Any, ranks: Ranks, rows: list[Any], layout: Layout) -> str:
+    """Why rows cannot be laid so, the same on all ranks; empty if they can. What costs least is asked first."""
+    if reason := _why_impossible(trainer) or _agreed(_why_not_these(trainer, rows), ranks):
+        return reason
+    return _agreed(_compared(trainer, ranks, rows, layout), ranks)
 
 
 def _why_impossible(trainer: Any) -> str:
@@ -81,7 +89,7 @@ def _why_impossible(trainer: Any) -> str:
         return "an encoder-decoder has two sequences for each row"
     if other_trainers.rows_each(trainer) > 1 or other_trainers.is_sentence_transformers(trainer):
         return "the loss looks at whole rows, not at tokens"
-    if not wrapped.names(trainer.model, padding_free.POSITIONS):
+    if not wrapped.takes_by_name(trainer.model, padding_free.POSITIONS):
         return f"the model takes no {padding_free.POSITIONS}, by which it would know where rows begin"
     return ""
 

@@ -141,7 +141,7 @@ def mark_varying(inputs: Any) -> None:
                 maybe_mark_dynamic(value, dimension)
 
 
-def names(model: torch.nn.Module, argument: str) -> bool:
+def takes_by_name(model: torch.nn.Module, argument: str) -> bool:
     """Whether the forward pass of the model, also compiled or under PEFT, has an argument of that name itself."""
     return argument in _parameters(model)
 

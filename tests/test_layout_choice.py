@@ -1,279 +1,55 @@
-"""Rows are laid end to end where that gives the gradient of the whole batch, by plain PyTorch, and nowhere else."""
+"""Rows are laid end to end where that was found to be exact, and nowhere else; and the reader is told."""
 
 import copy
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
-    BertForTokenClassification,
-    BloomConfig,
-    BloomForCausalLM,
     DataCollatorForLanguageModeling,
     DataCollatorWithFlattening,
-    GPT2LMHeadModel,
-    JambaConfig,
-    JambaForCausalLM,
     LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    ModernBertConfig,
-    ModernBertForMaskedLM,
     OPTForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     T5ForConditionalGeneration,
 )
 
 from hf_mbp import MBPConfig, layout_choice
 from hf_mbp.plan import Layout
-from tests.faults import Faults
 from tests.flash import Kernels, install, with_flash
 from tests.helpers import (
-    VOCABULARY,
-    Pad,
-    Recorder,
     bert_config,
     build,
-    gpt2_config,
     llama_config,
-    masked_prefix,
     mbp_trainer,
-    relative_error,
     t5_config,
     token_rows,
     tokenizer,
-    whole_gradients,
     with_labels,
 )
-from tests.test_equivalence import masked_rows, opt_config
-
-IN_FLOAT64 = 1e-12
-FLOAT32_INSIDE = 1e-7
-LOSS_IN_FLOAT32 = 1e-6
-
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-FIRST_PASSES = 4
-"""Passes of training mode before the first step, in which rows are compared: the whole, and three parts of it."""
-
-WINDOW = 5
-"""Tokens that attention with a window looks back, fewer than most rows have."""
-
-CAUSAL = with_labels(token_rows(), masked_prefix)
-MASKED = masked_rows()
-
-
-def qwen2() -> Any:
-    return build(Qwen2ForCausalLM, Qwen2Config(**SIZES, **SPECIAL, num_key_value_heads=1))
-
-
-def mistral() -> Any:
-    config = MistralConfig(**SIZES, **SPECIAL, num_key_value_heads=2, sliding_window=WINDOW)
-    return build(MistralForCausalLM, config)
-
-
-def modernbert() -> Any:
-    config = ModernBertConfig(**SIZES, **SPECIAL, local_attention=2 * WINDOW, cls_token_id=1, sep_token_id=2)
-    return build(ModernBertForMaskedLM, config)
-
-
-def jamba() -> Any:
-    layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": 4}
-    return build(JambaForCausalLM, JambaConfig(**SIZES, **SPECIAL, **layers, num_key_value_heads=2))
-
-
-def mamba() -> Any:
-    sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2}
-    return build(MambaForCausalLM, MambaConfig(**sizes, **SPECIAL))
-
-
-def bloom() -> Any:
-    return build(BloomForCausalLM, BloomConfig(**SPECIAL, hidden_size=16, n_layer=2, n_head=2))
-
-
-def llama() -> Any:
-    return build(LlamaForCausalLM, llama_config())
-
-
-def token_classes() -> list[dict[str, Any]]:
-    return with_labels(token_rows(), lambda index, row: [token % 4 for token in row["input_ids"]])
-
-
-def next_token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    """In float64, where that of transformers is rounded to float32."""
-    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    total = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
-    return total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
-
-
-def plain(model: Any, rows: list[dict[str, Any]], loss: Any = None) -> tuple[float, dict[str, torch.Tensor]]:
-    """The whole batch, padded, with stock attention."""
-    inputs = Pad()(rows)
-    if loss is None:
-        return whole_gradients(model, lambda m: m(**inputs).loss)
-    labels = inputs.pop("labels")
-    return whole_gradients(model, lambda m: loss(m(**inputs), labels))
-
-
-def trained(model: Any, rows: list[dict[str, Any]], folder: Path, **changes: Any) -> Any:
-    """A trainer after one step; gradients are in `trainer.recorder`."""
-    recorder = Recorder()
-    trainer = mbp_trainer(model, rows, folder, **{"callbacks": [recorder], "on_inexact": "error", **changes})
-    trainer.recorder = recorder
-    trainer.train()
-    return trainer
-
-
-def assert_whole(trainer: Any, expected: tuple[float, dict[str, torch.Tensor]], bound: float) -> None:
-    loss, gradients = expected
-    assert relative_error(gradients, trainer.recorder.gradients[0]) < bound
-    assert trainer.recorder.logs[0]["loss"] == pytest.approx(loss, rel=LOSS_IN_FLOAT32)
-
-
-class Calls:
-    """Which inputs a model gets in training, and in evaluation."""
-
-    def __init__(self, model: Any) -> None:
-        self.training: list[dict[str, Any]] = []
-        self.evaluation: list[dict[str, Any]] = []
-        model.register_forward_pre_hook(self._note, with_kwargs=True)
-
-    def _note(self, model: Any, args: Any, kwargs: Any) -> None:
-        (self.training if model.training and torch.is_grad_enabled() else self.evaluation).append(dict(kwargs))
+from tests.laid_runs import (
+    CAUSAL,
+    FLOAT32_INSIDE,
+    MASKED,
+    Calls,
+    assert_whole,
+    bloom,
+    jamba,
+    llama,
+    mamba,
+    plain,
+    trained,
+)
+from tests.test_equivalence import opt_config
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     return install(monkeypatch)
-
-
-# Exact, where it is possible
-
-CAUSAL_MODELS = {
-    "llama": llama,
-    "qwen2": qwen2,
-    "gpt2, absolute positions": lambda: build(GPT2LMHeadModel, gpt2_config()),
-    "mistral, with a window": mistral,
-}
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", CAUSAL_MODELS)
-def test_with_masks_of_transformers_if_asked(name: str, side: str, tmp_path: Path) -> None:
-    make = CAUSAL_MODELS[name]
-    trainer = trained(
-        make(), CAUSAL, tmp_path, padding_free=True, data_collator=Pad(side), compute_loss_func=next_token_loss
-    )
-    assert trainer.mbp_rows.layout is Layout.ONE_ROW
-    log = trainer.recorder.logs[0]
-    assert log["mbp_cells"] == log["mbp_tokens"] == sum(len(row["input_ids"]) for row in CAUSAL)
-    assert 3 <= log["mbp_micro_batches"] < len(CAUSAL)
-    assert_whole(trainer, plain(make(), CAUSAL, next_token_loss), IN_FLOAT64)
-
-
-WITH_FLASH: dict[str, tuple[Any, list[dict[str, Any]], Any, float]] = {
-    **{name: (make, CAUSAL, next_token_loss, IN_FLOAT64) for name, make in CAUSAL_MODELS.items()},
-    "opt": (lambda: build(OPTForCausalLM, opt_config()), CAUSAL, next_token_loss, IN_FLOAT64),
-    "bert, masked": (lambda: build(BertForMaskedLM, bert_config()), MASKED, None, IN_FLOAT64),
-    "bert, token classes": (
-        lambda: build(BertForTokenClassification, bert_config(num_labels=4)),
-        token_classes(),
-        None,
-        IN_FLOAT64,
-    ),
-    "modernbert, masked, with a window": (modernbert, MASKED, None, FLOAT32_INSIDE),
-}
-
-
-@pytest.mark.parametrize("name", WITH_FLASH)
-def test_with_flash_attention_unasked(name: str, kernels: Kernels, tmp_path: Path) -> None:
-    """Against stock attention on the padded batch."""
-    make, rows, loss, bound = WITH_FLASH[name]
-    trainer = trained(with_flash(make()), rows, tmp_path, **({"compute_loss_func": loss} if loss else {}))
-    assert trainer.mbp_rows.layout is Layout.SEGMENTS
-    log = trainer.recorder.logs[0]
-    assert log["mbp_cells"] == log["mbp_tokens"] == sum(len(row["input_ids"]) for row in rows)
-    assert log["mbp_micro_batches"] == -(-log["mbp_tokens"] // 64)  # as few as there can be
-    assert any(len(ends) > 2 for ends in kernels.boundaries)
-    assert_whole(trainer, plain(make(), rows, loss), bound)
-
-
-@pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 4}, {"collate_in": "workers"}])
-def test_however_rows_come(options: dict[str, Any], kernels: Kernels, tmp_path: Path) -> None:
-    expected = plain(llama(), CAUSAL)
-    size = 16 // options.get("gradient_accumulation_steps", 1)
-    trainer = trained(with_flash(llama()), CAUSAL, tmp_path, per_device_train_batch_size=size, **options)
-    assert trainer.recorder.logs[0]["mbp_padding_fraction"] == 0
-    assert_whole(trainer, expected, FLOAT32_INSIDE)
-
-
-def test_masks_drawn_by_the_collator(kernels: Kernels, tmp_path: Path) -> None:
-    """The parts that are compared are cut out of one batch then, and have to be laid end to end, too."""
-    collator = DataCollatorForLanguageModeling(tokenizer(), mlm_probability=0.4)
-    model = with_flash(build(BertForMaskedLM, bert_config()))
-    trainer = trained(model, token_rows(), tmp_path, data_collator=collator)
-    assert trainer.mbp_rows.layout is Layout.SEGMENTS
-    assert trainer.recorder.logs[0]["mbp_padding_fraction"] == 0
-
-
-@pytest.mark.parametrize(("layout", "asked"), [(Layout.SEGMENTS, None), (Layout.ONE_ROW, True)])
-@pytest.mark.parametrize("stage", ["forward", "backward"])
-def test_a_step_that_ran_out_of_memory(
-    stage: str, layout: Layout, asked: bool | None, kernels: Kernels, tmp_path: Path
-) -> None:
-    expected = plain(llama(), CAUSAL)
-    model = llama() if asked else with_flash(llama())
-    options = {"padding_free": asked, "check_at_start": False}
-    count = trained(copy.deepcopy(model), CAUSAL, tmp_path, **options).recorder.logs[0]["mbp_micro_batches"]
-    compared = Calls(model)
-    faults = Faults(model.model.layers[1], stage, {FIRST_PASSES + 1}).install(model)
-    trainer = trained(model, CAUSAL, tmp_path, **options)
-    log = trainer.recorder.logs[0]
-    assert trainer.mbp_rows.layout is layout
-    assert (faults.raised, log["mbp_oom_retries"]) == (1, 1)
-    assert log["mbp_micro_batches"] > count
-    assert log["mbp_padding_fraction"] == 0
-    assert all(len(call["input_ids"]) == 1 for call in compared.training[FIRST_PASSES:])
-    assert_whole(trainer, expected, FLOAT32_INSIDE)
-
-
-def test_evaluation_is_as_it_was(kernels: Kernels, tmp_path: Path) -> None:
-    model = with_flash(llama())
-    expected = mbp_trainer(copy.deepcopy(model), CAUSAL, tmp_path, eval_dataset=CAUSAL, padding_free=False).evaluate()
-    trainer = mbp_trainer(model, CAUSAL, tmp_path, eval_dataset=CAUSAL, learning_rate=0.0)
-    trainer.train()
-    calls = Calls(model)
-    metrics = trainer.evaluate()
-    assert trainer.mbp_rows.layout is Layout.SEGMENTS
-    assert calls.evaluation
-    assert all("attention_mask" in call and "position_ids" not in call for call in calls.evaluation)
-    assert metrics["eval_loss"] == pytest.approx(expected["eval_loss"], rel=LOSS_IN_FLOAT32)
-
-
-def test_rows_that_cannot_be_laid_run_padded_among_the_others(
-    kernels: Kernels, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The longest row, which is not among those that are looked at first, has a hole in its mask."""
-    monkeypatch.setattr(layout_choice, "ROWS_TO_CHOOSE_FROM", 8)
-    rows = copy.deepcopy(CAUSAL)
-    longest = max(rows, key=lambda row: len(row["input_ids"]))
-    longest["attention_mask"][3] = 0
-    longest["labels"][3:5] = [-100, -100]  # neither is predicted, nor does it predict
-    expected = plain(llama(), rows)
-    model = with_flash(llama())
-    calls = Calls(model)
-    trainer = trained(model, rows, tmp_path, check_at_start=False)
-    padded = ["attention_mask" in call for call in calls.training[FIRST_PASSES:]]
-    assert True in padded
-    assert False in padded
-    assert "some micro-batches are padded all the same, because their attention_mask is not" in capsys.readouterr().out
-    assert_whole(trainer, expected, FLOAT32_INSIDE)
 
 
 # Padded, where it is not
@@ -415,6 +191,25 @@ def test_more_rows_than_positions_change_nothing_where_that_works(kernels: Kerne
     trainer = trained(model, CAUSAL, tmp_path, max_tokens_per_micro_batch=160)
     assert trainer.mbp_rows.layout is Layout.SEGMENTS
     assert max(call["input_ids"].numel() for call in calls.evaluation) > 150
+
+
+def test_nothing_is_left_of_the_choice(kernels: Kernels, tmp_path: Path) -> None:
+    """Random states, which collators and dropout draw from, weights, and the mode of the model."""
+    collator = DataCollatorForLanguageModeling(tokenizer(), mlm_probability=0.4, seed=7)
+    model = with_flash(build(BertForMaskedLM, bert_config(hidden_dropout_prob=0.1)))
+    trainer = mbp_trainer(model, token_rows(), tmp_path, data_collator=collator)
+    rows = trainer.train_dataset
+
+    def state() -> str:
+        generators = (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())
+        weights = [float(parameter.detach().sum()) for parameter in model.parameters()]
+        drawn = copy.deepcopy(collator)(rows)["labels"].tolist()
+        return repr((generators, weights, drawn, model.training, trainer.mbp_rows.layout))
+
+    before = state()
+    choice = layout_choice.choose_layout(trainer, trainer._ranks, rows, trainer.mbp_rows.sizes(rows))
+    assert choice.layout is Layout.SEGMENTS
+    assert state() == before
 
 
 # The option

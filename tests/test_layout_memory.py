@@ -1,5 +1,6 @@
 """A budget sized from memory holds for rows laid end to end: no micro-batch takes more than was predicted."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-from hf_mbp import MBPTrainer, memory
+from hf_mbp import MBPTrainer, memory, rehearsal
+from hf_mbp.gauge import Gauge
 from hf_mbp.plan import Budget, Layout
 from hf_mbp.probe import loss_of
-from hf_mbp.profile import difference, key_of
+from hf_mbp.profile import Profile, difference, key_of
 from hf_mbp.sizing import measure_budget
 from tests.flash import Kernels, install, with_flash
 from tests.helpers import build, gpt2_config, llama_config, mbp_trainer, token_rows, with_labels
@@ -90,6 +92,26 @@ def test_rows_that_together_are_one_too_long_row_run_in_several(tmp_path: Path) 
     assert sum(micro_batch.num_rows for micro_batch in micro_batches) == len(rows)
     assert any(micro_batch.num_rows > 1 for micro_batch in micro_batches)
     assert all(micro_batch.cells <= 900 for micro_batch in micro_batches if micro_batch.num_rows > 1)
+
+
+@pytest.mark.parametrize("layout", [Layout.SEGMENTS, Layout.ONE_ROW])
+def test_the_worst_micro_batch_is_tried_as_it_will_run(layout: Layout, kernels: Kernels, tmp_path: Path) -> None:
+    model = MODELS["llama"]()
+    trainer = trainer_of(with_flash(model) if layout is Layout.SEGMENTS else model, layout, tmp_path)
+    rows = trainer.train_dataset
+    budget = measure_budget(trainer, rows, trainer.mbp_rows.sizes(rows)).budget
+    # As much as one row of twice the longest takes, so that several run together.
+    budget = replace(budget, max_bytes=float(budget.bytes(1, 600)))
+    profile = Profile(key={}, options={}, budget=budget)
+    worst = rehearsal.worst_of(trainer, rows, profile, trainer.mbp_feed._cost_of_model())
+    assert worst is not None
+    assert worst.planned_bytes <= budget.max_bytes
+    calls: list[dict[str, Any]] = []
+    trainer.model.register_forward_pre_hook(lambda _, __, inputs: calls.append(dict(inputs)), with_kwargs=True)
+    rehearsal._run(trainer, worst, Gauge(trainer.args.device))
+    (call,) = calls
+    assert "attention_mask" not in call
+    assert call["input_ids"].shape == (1, sum(len(row["input_ids"]) for row in worst.rows))
 
 
 def test_a_kept_budget_holds_for_one_layout_only(tmp_path: Path) -> None:
