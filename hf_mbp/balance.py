@@ -19,15 +19,16 @@ from hf_mbp.plan import Cost, Ints
 MANY = 20
 """How many times the overhead of a micro-batch a rank's rows cost, from where on they are dealt in turns.
 
-Simulated with 16 and 64 rows for each of 8 and 64 ranks: up to here runs are as good or better; from 30 times on turns
-are better where ranks wait for each other after each micro-batch, and runs where they wait once a step."""
+A compromise, as `python scripts/rank_balance.py --many` shows for 16 and 64 rows for each of 8 and 64 ranks. Where
+ranks wait for each other after each micro-batch, turns are better from 15 to 50 times on; at 20 a step in runs takes
+from 0.91 to 1.12 of one in turns. Where they wait once a step, runs are always better: at 20 from 0.74 to 0.88."""
 
 
 def deal(lengths: Ints, num_ranks: int, cost: Cost) -> list[Ints]:
     """Which rows each rank runs, every row once; every rank has one, if there are as many.
 
     Args:
-        lengths: tokens of each row of the mini-batch, `[rows]`.
+        lengths: tokens of each row of the mini-batch, `[rows]`; of all its parts together.
         num_ranks: how many share them.
         cost: of micro-batches.
 
@@ -42,26 +43,26 @@ def deal(lengths: Ints, num_ranks: int, cost: Cost) -> list[Ints]:
         [[1, 2, 4], [0, 6, 7], [3, 5]]
     """
     order = np.argsort(-lengths, kind="stable")
-    costs = _row_costs(lengths[order], cost)
+    costs = row_costs(lengths[order], cost)
     is_many = sum(costs) > MANY * cost.overhead * num_ranks
-    ranks = _in_turns(len(costs), num_ranks) if is_many else _in_runs(costs, num_ranks)
+    ranks = in_turns(len(costs), num_ranks) if is_many else in_runs(costs, num_ranks)
     return [np.sort(order[ranks == rank]) for rank in range(num_ranks)]
 
 
-def _row_costs(lengths: Ints, cost: Cost) -> list[int]:
+def row_costs(lengths: Ints, cost: Cost) -> list[int]:
     """What a row of each length costs, in whole numbers, so that ranks on unlike machines deal alike."""
     widths = np.maximum(lengths, 1)
     costs = np.rint(widths * (cost.cell + cost.attention * widths))
     return [max(1, int(value)) for value in costs]
 
 
-def _in_turns(num_rows: int, num_ranks: int) -> Ints:
+def in_turns(num_rows: int, num_ranks: int) -> Ints:
     """The rank of each row: 0, 1, 2, 2, 1, 0, 0, 1, ..."""
     turns, positions = np.divmod(np.arange(num_rows), num_ranks)
     return np.where(turns % 2, num_ranks - 1 - positions, positions)
 
 
-def _in_runs(costs: list[int], num_ranks: int) -> Ints:
+def in_runs(costs: list[int], num_ranks: int) -> Ints:
     """The rank of each row, none of which is costlier than the one before it.
 
     A rank costs what its rows would as one micro-batch, padded to the longest: no other assignment has a smaller

@@ -175,12 +175,16 @@ def need_one_width(row: Any) -> bool:
 
 def collated(collator: Collator, groups: list[list[Any]]) -> list[Inputs]:
     """Each group of rows, padded by the user's collator; all to one width where the loss needs that."""
-    groups = [[copy.copy(row) for row in group] for group in groups]  # collators may take things out of them
     if len(groups) == 1 or not need_one_width(groups[0][0]):
-        return [as_inputs(collator(group)) for group in groups]
-    whole = as_inputs(collator(list(chain.from_iterable(groups))))
+        return [_padded(collator, group) for group in groups]
+    whole = _padded(collator, chain.from_iterable(groups))
     ends = accumulate(map(len, groups), initial=0)
     return [select_rows(whole, list(range(start, end))) for start, end in pairwise(ends)]
+
+
+def _padded(collator: Collator, rows: Iterable[Any]) -> Inputs:
+    """One group; of copies of its rows, because collators may take things out of them."""
+    return as_inputs(collator([copy.copy(row) for row in rows]))
 
 
 def as_inputs(collated: Any) -> Inputs:

@@ -80,6 +80,15 @@ memory_limit="20GiB", or memory_limit=0.8 for 80 % of the memory.
         },
     )
 
+    calibrate: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure in the first 10 steps what micro-batches cost, and plan by that from then on. Checkpoints "
+            "keep what was measured, so that a resumed run makes the same plans; another run measures anew, and may "
+            "make others. Default: plans come from the shape of the model and the kind of device, and are repeatable."
+        },
+    )
+
     rank_timeout: float = field(
         default=60.0,
         metadata={
@@ -94,7 +103,7 @@ memory_limit="20GiB", or memory_limit=0.8 for 80 % of the memory.
             # A NumPy integer would not go into the JSON of a checkpoint.
             object.__setattr__(self, "max_tokens_per_micro_batch", int(self.max_tokens_per_micro_batch))
         parse_memory_limit(self.memory_limit)
-        for name in ("accumulate_in_fp32", "balance_ranks"):
+        for name in ("accumulate_in_fp32", "balance_ranks", "calibrate"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}={value!r} is neither True nor False. Write one.")
         if self.padding_free is not None and not isinstance(self.padding_free, bool):

@@ -21,7 +21,10 @@ FILLED = 0.8
 
 WIDEST_ROOM = 3
 """A share left free is one of at most so many times the room for activations: beside a process, or weights, that take
-much, a tenth of all could be more than the whole room."""
+much, a tenth of all could be more than the whole room.
+
+A choice: with it a corrected budget aims at four fifths of the room, and shrinks where a tenth of it is left. That this
+stays below the limit, and fills more than half of the room, `tests/test_memory_limit.py` shows under a real one."""
 
 LEAST_SHRINK, MOST_SHRINK = 0.95, 0.5
 GROW_FACTOR = 1.1

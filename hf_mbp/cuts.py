@@ -1,4 +1,4 @@
-"""Where to cut sorted rows into groups, so that the groups together take the least time. Pure; knows no torch.
+"""Where to cut rows in an order into groups, so that the groups together take the least time. Pure; knows no torch.
 
 The least time of the first `end` rows is that of the first `start` rows, plus the group `[start, end)`, for the best
 `start`. Two observations keep the search for it short, and exact:
@@ -40,11 +40,12 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class SortedRows:
-    """Rows, the longest first, and what groups of them take.
+    """Rows in the order in which they are cut, and what groups of them take.
 
-    `sizes` is `[rows, parts]`; a group is as wide as the sum of the longest of each part. `fits(rows, width)` says
-    whether a group is allowed, which it is if it has a single row, or is part of an allowed one. It takes
-    `rows x time_of_row(width)`, which must not fall with the width, and at least `floor`.
+    Those of one length have the longest first; those of several may have any order (see `orders.py`). `sizes` is
+    `[rows, parts]`; a group is as wide as the sum of the longest of each part. `fits(rows, width)` says whether a group
+    is allowed, which it is if it has a single row, or is part of an allowed one. It takes `rows x time_of_row(width)`,
+    which must not fall with the width, and at least `floor`.
     """
 
     sizes: Ints
@@ -77,6 +78,12 @@ def best_cuts(rows: SortedRows, overhead: float) -> list[int]:
     while cuts[-1] > 0:
         cuts.append(int(starts[cuts[-1]]))
     return cuts[::-1]
+
+
+def time_of_cuts(rows: SortedRows, cuts: list[int], overhead: float) -> float:
+    """Time of the groups between cuts, each with its `overhead`; 0 if there are none."""
+    starts, ends = np.array(cuts[:-1], dtype=np.int64), np.array(cuts[1:], dtype=np.int64)
+    return float((overhead + rows.times_between(starts, ends)).sum()) if len(starts) else 0.0
 
 
 def _starts_of_one_length(rows: SortedRows, overhead: float) -> list[int]:

@@ -56,7 +56,7 @@ class Evaluation:
         self._trainer = trainer
         self._ranks = ranks
         self._metrics = CallMetrics(trainer, ranks, mode="eval")
-        self._cost: Cost | None = None
+        self._costs: dict[bool, Cost] = {}
         self._is_warned = False
         self._is_in_loop = False
         self._is_recognised = False
@@ -162,7 +162,7 @@ class Evaluation:
     def _split(self, run: Run, batch: EvalBatch, traits: EvalTraits, *, generates: bool) -> Result:
         cuts, beams = traits.cuts_of(batch), compat.num_beams(self._trainer) if generates else 1
         cutting = _Cutting(batch, self._num_items, cuts=cuts, beams=beams)
-        groups = self._groups(run, cutting)
+        groups = self._groups(run, cutting, generates=generates)
         if self._ranks.count == 1 and len(groups) == 1 and _is_whole(groups[0], batch):
             return self._whole(run, batch.inputs)
         fill = compat.pad_token_of_generation(self._trainer) if generates else IGNORE_INDEX
@@ -183,13 +183,13 @@ class Evaluation:
         loss = self._mean(losses, counts, self._factor(batch, sum(counts)) if traits.is_counted else 1.0)
         return loss, self._handed_over(logits), self._handed_over(labels)
 
-    def _groups(self, run: Run, cutting: "_Cutting") -> list[Group]:
+    def _groups(self, run: Run, cutting: "_Cutting", *, generates: bool) -> list[Group]:
         """The micro-batches of a batch, the longest first; ranks have equally many, as their losses may gather."""
         micro_batches = split_mini_batch(
             list(range(cutting.batch.num_examples)),
             cutting.sizes,
             budget=self._budget_for(run, cutting.batch),
-            cost=self._cost_of_model(),
+            cost=self._cost_of_model(generates=generates),
             functions=cutting.functions,
             ranks=self._ranks,
         )
@@ -255,10 +255,12 @@ class Evaluation:
     def _num_items(self, inputs: Inputs) -> float:
         return float(self._trainer.mbp_rows.num_items(inputs))
 
-    def _cost_of_model(self) -> Cost:
-        if self._cost is None:
-            self._cost = cost_of(self._trainer.model, self._trainer.args.device)
-        return self._cost
+    def _cost_of_model(self, *, generates: bool) -> Cost:
+        """Of a forward pass; where each token that is generated launches another one, the dearer one of training."""
+        if generates not in self._costs:
+            trainer = self._trainer
+            self._costs[generates] = cost_of(trainer.model, trainer.args.device, forward_only=not generates)
+        return self._costs[generates]
 
     def _budget_for(self, run: Run, batch: EvalBatch) -> Budget:
         """As asked, that of training, which needs more memory, or measured; a sharded model cannot be measured."""

@@ -15,6 +15,7 @@ from hf_mbp.collate import Batch, Inputs, Rows
 from hf_mbp.distributed import Ranks
 from hf_mbp.layout_choice import choose_layout
 from hf_mbp.plan import Budget, Cost, Ints, too_long_message
+from hf_mbp.probe import modules_of
 from hf_mbp.recovery import Fault
 from hf_mbp.report import (
     StepReport,
@@ -27,11 +28,12 @@ from hf_mbp.report import (
 )
 from hf_mbp.row_reader import RowReader, need_one_width
 from hf_mbp.run_budget import RunBudget
+from hf_mbp.run_cost import RunCost
 from hf_mbp.sizing import cost_of
-from hf_mbp.start_check import StartCheck
+from hf_mbp.start_check import CHECKED_ROWS, FEWEST_COMPARED, StartCheck
 from hf_mbp.step import MicroBatch, RowFunctions, as_filler, split_mini_batch, weigh
 from hf_mbp.too_large import too_large_error
-from hf_mbp.undisturbed import remembered_collator
+from hf_mbp.undisturbed import own_random_numbers, remembered_collator, untouched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +62,8 @@ class Feed:
         self.ranks = ranks
         self.report = report
         self.budget = RunBudget(trainer, ranks, self._tell)
+        self.cost = RunCost(trainer, ranks, self._tell)
         self.check = StartCheck(trainer, ranks)
-        self._cost: Cost | None = None
         self._filler: MicroBatch | None = None
         self._left_over: list[Any] = []
         self._spare: list[Any] = []
@@ -70,12 +72,14 @@ class Feed:
         self._put_back_collator: Callable[[], None] = remembered_collator(None)
         self._has_told: set[str] = set()
         self._balance_note: str | None = None
+        self._is_balanced = False
         self.is_compiled = False
 
     def restart(self) -> None:
         """Forgets what was found out about the model, data and memory; a new run of training finds it out again."""
         self.budget.forget()
-        self._cost, self._filler = None, None
+        self.cost.forget()
+        self._filler = None
         self._left_over, self._spare = [], []
         self.check.restart()
         self.rows.restart()
@@ -97,7 +101,9 @@ class Feed:
         if why_not is not None:
             return loader
         batches_dealt = 1 if self.rows.workers_collate else trainer.args.gradient_accumulation_steps
-        return loaders.balanced(loader, cost_of(trainer.model, trainer.args.device), batches_dealt)
+        self._is_balanced = True
+        cost = cost_of(trainer.model, trainer.args.device)
+        return loaders.balanced(loader, cost, batches_dealt, has_targets=self.rows.has_targets)
 
     def as_many_as_others(self, batches: list[Any]) -> list[Any]:
         """The batches that were read, and empty ones where other ranks have read more: all stop at the same step.
@@ -177,13 +183,14 @@ class Feed:
         """The plan of a step, and before the first one what has to be found out for it, and said about it."""
         pools = self._pools_of_step
         largest = max(pools, key=lambda pool: _longest(pool.sizes))
-        is_first_step = self._cost is None
+        is_first_step = not self.cost.is_settled
         if is_first_step and wrapped.is_sharded(self.trainer):
             self.rows.find_out_together(pools[0].rows)
-        layout_note = self._choose_layout(largest) if is_first_step else ""
+        layout_note = self._choose_layout(self._enough_to_check(largest)) if is_first_step else ""
         budget = self.budget.settle(largest.rows, largest.sizes)
         max_tokens = self._warn_of_long_rows(budget, _longest(largest.sizes))
-        checks = [self.check.run(pool.rows, pool.sizes, budget) for pool in pools if self.check.is_due(pool.rows[0])]
+        due = [self._enough_to_check(pool) for pool in pools if self.check.is_due(pool.rows[0])]
+        checks = [self.check.run(pool.rows, pool.sizes, budget) for pool in due]
         micro_batches = self._plan()
         if is_first_step:
             batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
@@ -210,7 +217,7 @@ class Feed:
         """The rows of the step in micro-batches, within the budget that is now."""
         pools, args = self._pools_of_step, self.trainer.args
         largest = max(pools, key=lambda pool: _longest(pool.sizes))
-        budget, cost = self.budget.settle(largest.rows, largest.sizes), self._cost_of_model()
+        budget, cost = self.budget.settle(largest.rows, largest.sizes), self.cost.of_step()
         with collate.seeded(args.seed, self.trainer.state.global_step, args.process_index):
             planned = [micro_batch for pool in pools for micro_batch in self._planned(pool, budget, cost)]
         batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
@@ -244,6 +251,13 @@ class Feed:
         if need_one_width(rows):
             sizes = np.broadcast_to(sizes.max(axis=0), sizes.shape)
         return Pool(rows=rows, sizes=sizes, batch_sizes=batch_sizes)
+
+    def _enough_to_check(self, pool: Pool) -> Pool:
+        """The pool; with the first rows of the data where dealing by cost has left this rank too few to compare."""
+        if len(pool.rows) >= FEWEST_COMPARED or not self._is_balanced:
+            return pool
+        with own_random_numbers(modules_of(self.trainer)), untouched(self.trainer):
+            return self._pool([pool.rows, self.rows.sample(CHECKED_ROWS)])
 
     def _spare_row(self) -> list[Any]:
         """A row to take part with, where this rank has none and others have."""
@@ -320,13 +334,6 @@ class Feed:
         if not budget.fits(1, longest) and not self.budget.is_lowered and self._is_first("long row"):
             warnings.warn(too_long_message(longest, max_tokens), stacklevel=2)
         return max_tokens
-
-    # Before the first step
-
-    def _cost_of_model(self) -> Cost:
-        if self._cost is None:
-            self._cost = cost_of(self.trainer.model, self.trainer.args.device)
-        return self._cost
 
 
 def _inputs(batch: Any) -> Inputs:

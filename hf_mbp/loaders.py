@@ -17,7 +17,7 @@ from hf_mbp.collate import KeepRows, Rows
 from hf_mbp.compat import replaced
 from hf_mbp.plan import Cost, Ints
 from hf_mbp.precollated import CollateInWorkers
-from hf_mbp.row_lengths import known_lengths, may_be_known
+from hf_mbp.row_lengths import KnownLengths, may_be_known
 
 
 @contextmanager
@@ -97,7 +97,7 @@ class BalancedBatches(EqualBatches):
     """
 
     def balance(self, lengths: Callable[[], Ints | None], cost: Cost, batches_dealt: int) -> None:
-        """What to deal by: the lengths of all rows of the data, looked up when an epoch begins; if they are `None`,
+        """What to deal by: the lengths of all rows of the data, asked for when an epoch begins; if they are `None`,
         batches stay as they were. So many batches of each rank are dealt together."""
         self.lengths, self.cost, self.batches_dealt = lengths, cost, batches_dealt
 
@@ -171,11 +171,14 @@ def why_not_balanced(loader: Any) -> str | None:
     return None
 
 
-def balanced(loader: Any, cost: Cost, batches_dealt: int) -> Any:
-    """The loader, with its rows dealt to ranks by their cost; one for which `why_not_balanced` knows no reason."""
+def balanced(loader: Any, cost: Cost, batches_dealt: int, *, has_targets: bool = False) -> Any:
+    """The loader, with its rows dealt to ranks by their cost; one for which `why_not_balanced` knows no reason.
+
+    Targets, if the model has a part for them that is padded by itself, count as much as sources.
+    """
     shard: Any = loader.batch_sampler
     shard.__class__ = BalancedBatches
-    shard.balance(lambda: known_lengths(loader.dataset), cost, batches_dealt)
+    shard.balance(KnownLengths(loader.dataset, has_targets=has_targets), cost, batches_dealt)
     return loader
 
 

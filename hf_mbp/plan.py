@@ -3,7 +3,7 @@
 A micro-batch of rows whose lengths differ is padded to its longest row, so it costs `rows x width` cells. Sorting the
 rows by length and cutting the sorted list into contiguous groups gives, for any group sizes, the smallest widths
 possible. What is left to choose is where to cut, so that the plan is the cheapest among those that respect the budget;
-see `cuts.py`.
+see `cuts.py`. Where rows have two lengths, several orders are cut, and the cheapest plan is taken; see `orders.py`.
 """
 
 import warnings
@@ -18,7 +18,8 @@ import numpy as np
 
 from hf_mbp.cuts import Floats as Floats
 from hf_mbp.cuts import Ints as Ints
-from hf_mbp.cuts import SortedRows, best_cuts, best_cuts_into
+from hf_mbp.cuts import SortedRows, best_cuts, best_cuts_into, time_of_cuts
+from hf_mbp.orders import orders_of
 
 Size: TypeAlias = int | tuple[int, ...]
 """Length of a row, or its lengths where parts are padded separately: (source, target) of an encoder-decoder."""
@@ -71,11 +72,11 @@ class Cost:
             if not value >= 0:
                 raise ValueError(f"Cost.{name} must not be negative, got {value!r}.")
 
-    def __call__(self, rows: Ints, width: Ints) -> Floats:
+    def __call__(self, rows: Ints | Floats, width: Ints | Floats) -> Floats:
         """Modelled time of micro-batches of `rows` rows padded to `width`."""
         return np.asarray(self.overhead + np.maximum(self.floor, rows * self.of_row(width)), dtype=np.float64)
 
-    def of_row(self, width: Ints) -> Floats:
+    def of_row(self, width: Ints | Floats) -> Floats:
         """Modelled time of what one row adds to a micro-batch padded to `width`, but for the floor."""
         return np.asarray(width * (self.cell + self.attention * width), dtype=np.float64)
 
@@ -141,14 +142,14 @@ def plan_micro_batches(
 
     Every index is used exactly once, and the micro-batch with the longest rows comes first, so that the worst case
     for memory is met at once. Among all plans that respect the cap the one with the smallest modelled time is taken
-    (see `Cost`), so a micro-batch may have fewer cells than it could. A row that alone is longer than `max_tokens`
-    runs by itself.
+    (see `Cost`), so a micro-batch may have fewer cells than it could; among those that cut one of three orders where
+    rows have two lengths. A row that alone is longer than `max_tokens` runs by itself.
 
     Args:
         lengths: tokens of each row; a tuple `(source, target)` where two parts are padded separately.
         max_tokens: cap on the cells, `rows x width`, of a micro-batch.
         num_micro_batches: ask for exactly that many. The modelled time is then at most 0.1 % above the smallest, or
-            1 % where rows have two lengths.
+            1 % above that of the best cuts of the orders tried where rows have two lengths.
 
     Returns:
         The row indices of each micro-batch.
@@ -207,21 +208,31 @@ def round_up(sizes: Ints, multiple: int | None) -> Ints:
 
 def plan_rows(sizes: Ints, budget: Budget, cost: Cost, *, num_micro_batches: int | None = None) -> list[list[int]]:
     """The cheapest plan for rows of the given `sizes` `[rows, parts]`; see `plan_micro_batches`."""
-    num_rows = len(sizes)
-    order = np.argsort(-sizes.sum(axis=1), kind="stable")
+    if num_micro_batches is not None:
+        _check_count(num_micro_batches, len(sizes))
+    plans = [_cut_in_order(order, sizes, budget, cost, num_micro_batches) for order in orders_of(sizes)]
+    time, groups = min(plans, key=lambda plan: plan[0])
+    if time == np.inf:
+        raise ValueError(
+            f"num_micro_batches={num_micro_batches} is too few: {len(sizes)} rows need more micro-batches to "
+            f"respect {budget}."
+        )
+    return sorted(groups, key=lambda group: -int(sizes[group].max(axis=0).sum()))
+
+
+def _cut_in_order(
+    order: Ints, sizes: Ints, budget: Budget, cost: Cost, num_micro_batches: int | None
+) -> tuple[float, list[list[int]]]:
+    """Groups of rows that are neighbours in an order, and their modelled time; infinite if there are too few."""
     rows = SortedRows(sizes=sizes[order], fits=budget.fits, time_of_row=cost.of_row, floor=cost.floor)
     if num_micro_batches is None:
         cuts = best_cuts(rows, cost.overhead)
     else:
-        _check_count(num_micro_batches, num_rows)
         exactly = best_cuts_into(rows, int(num_micro_batches), cost.overhead)
         if exactly is None:
-            raise ValueError(
-                f"num_micro_batches={num_micro_batches} is too few: {num_rows} rows need more micro-batches to "
-                f"respect {budget}."
-            )
+            return np.inf, []
         cuts = exactly
-    return [order[start:end].tolist() for start, end in pairwise(cuts)]
+    return time_of_cuts(rows, cuts, cost.overhead), [order[start:end].tolist() for start, end in pairwise(cuts)]
 
 
 def planned_groups(

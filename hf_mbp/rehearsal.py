@@ -23,8 +23,8 @@ WORTH_IT = 0.5
 """Share of the budget below which the worst micro-batch is not tried: what it would show is far from the limit."""
 
 WIDER = 2
-"""How much longer than its `input_ids` a row may be, with its targets, for a first look at whether trying is worth it:
-a longer one is only not tried."""
+"""How much longer than in the data a row may be made by its collator, for a first look at whether trying is worth it: a
+longer one is only not tried."""
 
 MOST_TRIALS = 6
 """A budget that is halved so often without fitting is wrong about something else."""
@@ -55,7 +55,7 @@ def rehearse(trainer: Any, profile: Profile, gauge: Gauge, cost: Cost, num_rows:
         cost: that plans are made with.
         num_rows: of a mini-batch on this rank.
     """
-    lengths = known_lengths(trainer.train_dataset)
+    lengths = known_lengths(trainer.train_dataset, has_targets=trainer.mbp_rows.has_targets)
     if lengths is None or profile.size_of(num_rows, WIDER * float(lengths.max())) < WORTH_IT * profile.cap:
         return profile
     rows = longest_rows(trainer, num_rows)
@@ -133,7 +133,7 @@ def _run(trainer: Any, worst: Worst, gauge: Gauge) -> int:
 
 def longest_rows(trainer: Any, num_rows: int) -> list[Any]:
     """The longest rows of the training data, as the collator gets them; none where the lengths are not at hand."""
-    lengths = known_lengths(trainer.train_dataset)
+    lengths = known_lengths(trainer.train_dataset, has_targets=trainer.mbp_rows.has_targets)
     if lengths is None:
         return []
     longest = np.argsort(-lengths, kind="stable")[:num_rows]

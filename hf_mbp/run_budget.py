@@ -1,8 +1,7 @@
 """The budget of a run: settled at its first step, changed by what the device says, and kept in its checkpoints."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
 from typing import Any
@@ -11,14 +10,12 @@ from hf_mbp import compat, control, memory
 from hf_mbp.control import Reading
 from hf_mbp.distributed import Ranks
 from hf_mbp.gauge import Gauge
+from hf_mbp.kept import BUDGET, keep_entry, kept_entry
 from hf_mbp.plan import Budget, Ints
 from hf_mbp.profile import Failure, Profile, difference, key_of
 from hf_mbp.rehearsal import rehearse
 from hf_mbp.sizing import Sizing, cost_of, measure_budget
 from hf_mbp.step import MicroBatch
-
-STATE_KEY = "hf_mbp"
-"""Where `trainer.state.stateful_callbacks`, which goes into checkpoints, holds the profile."""
 
 
 class RunBudget:
@@ -80,7 +77,7 @@ class RunBudget:
 
     def _kept(self) -> Profile | None:
         """The profile of the run that is resumed, if it holds here, too."""
-        kept = self._trainer.state.stateful_callbacks.get(STATE_KEY)
+        kept = kept_entry(self._trainer, BUDGET)
         if not kept or kept.get("options") != self._options:
             return None
         profile, reason = None, ""
@@ -282,15 +279,4 @@ class RunBudget:
 
     def _set(self, profile: Profile) -> None:
         self._profile = profile
-        self._trainer.state.stateful_callbacks[STATE_KEY] = profile.to_json()
-
-    @contextmanager
-    def hidden(self) -> Iterator[None]:
-        """The state of the trainer without it, for stock code that takes every entry for a callback."""
-        states = self._trainer.state.stateful_callbacks
-        kept = states.pop(STATE_KEY, None)
-        try:
-            yield
-        finally:
-            if kept is not None:
-                states[STATE_KEY] = kept
+        keep_entry(self._trainer, BUDGET, profile.to_json())

@@ -112,15 +112,16 @@ class Runner:
         trainer = self._trainer
         varies = self._feed.is_compiled
         checkpointing = compat.checkpointed(trainer.model) if micro_batch.is_checkpointed else nullcontext()
-        with (
-            checkpointing,
-            self._call_metrics.call(micro_batch),
-            compat.weighted_loss(trainer, micro_batch.weight, micro_batch.num_items, varies=varies),
-            self._prefetch.on_device(micro_batch) as inputs,
-            self._report.computing(),
-        ):
-            loss = training_step(model, inputs, None)
-        self._sums.add(self._half)
+        with self._feed.cost.timing(micro_batch):
+            with (
+                checkpointing,
+                self._call_metrics.call(micro_batch),
+                compat.weighted_loss(trainer, micro_batch.weight, micro_batch.num_items, varies=varies),
+                self._prefetch.on_device(micro_batch) as inputs,
+                self._report.computing(),
+            ):
+                loss = training_step(model, inputs, None)
+            self._sums.add(self._half)
         return loss
 
     def _summed_in_float32(self) -> list[torch.nn.Parameter]:

@@ -47,27 +47,34 @@ DEVICE_CLASSES = {
 OPERATORS_PER_LAYER = 60
 """Kernels that forward and backward of a transformer layer launch."""
 
+FORWARD = 1 / 3
+"""Share of operations and kernels that are those of the forward pass: the backward pass multiplies twice as often, with
+weights and with activations."""
 
-def cost_of(model: torch.nn.Module, device: torch.device) -> Cost:
+
+def cost_of(model: torch.nn.Module, device: torch.device, *, forward_only: bool = False) -> Cost:
     """The cost model for the planner, from the shape of the model and the kind of device.
 
     A cell costs six floating point operations for each weight it is multiplied with, forward and backward together;
     a pair of positions twelve for each layer and hidden unit. A micro-batch costs the launch of its kernels, and
     reading and writing each trainable parameter's gradient, whatever its size. Where the device queues what is
     launched, the launches are hidden behind the computation, and are the least that it takes.
+
+    Without a backward pass, as in evaluation (`forward_only`), there are no gradients, and a third of the rest.
     """
+    share = FORWARD if forward_only else 1.0
     speed = DEVICE_CLASSES.get(device.type, DEVICE_CLASSES["cuda"])
     layers, hidden = _shape(model)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradient_bytes = 3 * sum(wrapped.num_elements(parameter) * parameter.element_size() for parameter in trainable)
-    cell = 6.0 * max(1, _multiplied_weights(model))
-    to_launch, to_add = OPERATORS_PER_LAYER * max(1, layers) / speed.launches, gradient_bytes / speed.bytes
+    summed = [] if forward_only else [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradient_bytes = 3 * sum(wrapped.num_elements(parameter) * parameter.element_size() for parameter in summed)
+    cell = share * 6.0 * max(1, _multiplied_weights(model))
+    to_launch, to_add = share * OPERATORS_PER_LAYER * max(1, layers) / speed.launches, gradient_bytes / speed.bytes
     overhead, floor = (to_add, to_launch) if speed.queues else (to_launch + to_add, 0.0)
     cells_per_second = speed.flops / cell
     return Cost(
         overhead=overhead * cells_per_second,
         cell=1.0,
-        attention=12.0 * layers * hidden / cell,
+        attention=share * 12.0 * layers * hidden / cell,
         floor=floor * cells_per_second,
     )
 

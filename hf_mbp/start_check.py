@@ -14,6 +14,9 @@ from hf_mbp.precollated import CollatedRow
 CHECKED_ROWS = 8
 """Rows of the first step that exactness is checked on, the shortest: enough for uneven micro-batches, and cheap."""
 
+FEWEST_COMPARED = 4
+"""Rows that can be compared with any model: two groups, of two rows each where batch normalisation needs a variance."""
+
 
 class StartCheck:
     """The check of one trainer's run."""

@@ -12,6 +12,7 @@ from hf_mbp.config import MBPConfig
 from hf_mbp.distributed import Ranks
 from hf_mbp.evaluation import Evaluation
 from hf_mbp.feed import Feed
+from hf_mbp.kept import hidden_entries
 from hf_mbp.report import MEASURED, StepReport
 from hf_mbp.row_reader import RowReader
 from hf_mbp.runner import MicroBatches, Runner
@@ -42,7 +43,7 @@ class MBPMixin(_Base):
       the host.
     * `log`, `_maybe_log_save_evaluate`: the `mbp_` entries, and the clock behind them.
     * `_finalize_training`: makes the last loss that of all ranks.
-    * `_load_callback_state`: hides the budget, which a checkpoint keeps among the states of callbacks.
+    * `_load_callback_state`: hides budget and cost, which a checkpoint keeps among the states of callbacks.
     * `floating_point_ops`, `_track_num_input_tokens`: count what the stock loop asks about a batch.
 
     What users may override: `num_items` for a loss of their own and `row_length` for rows whose size is not in
@@ -112,7 +113,7 @@ class MBPMixin(_Base):
             compat.forget_evaluation(self)
             self._batch_size_before: int | None = None
             output = super().train(*args, **kwargs)
-            output.metrics.update(self._report.totals(self._ranks))
+            output.metrics.update(self._report.totals(self._ranks) | self.mbp_feed.cost.metrics())
         return output
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -187,9 +188,10 @@ class MBPMixin(_Base):
             self.state.log_history[-1].pop(name, None)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Ends the step first, so that evaluation and saving are not counted, and the budget is saved as it is now."""
+        """Ends the step first: evaluation and saving are not counted, and budget and cost are saved as they are now."""
         with self._report.overhead():
             self.mbp_feed.budget.after_step()
+            self.mbp_feed.cost.after_step()
         self._report.stop_clock()
         self._logs_step = True
         try:
@@ -204,8 +206,8 @@ class MBPMixin(_Base):
         return super()._finalize_training(*args, **kwargs)
 
     def _load_callback_state(self) -> None:
-        """The stock one, which would warn of a callback that is none: the budget lies among their states."""
-        with self.mbp_feed.budget.hidden():
+        """The stock one, which would warn of callbacks that are none: budget and cost lie among their states."""
+        with hidden_entries(self):
             super()._load_callback_state()
 
     def floating_point_ops(self, inputs: Any) -> int:

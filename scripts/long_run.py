@@ -28,9 +28,9 @@ import transformers
 from matplotlib.figure import Figure
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.workloads import pad
+from benchmarks.rows import pad
 from hf_mbp import MBPTrainer
-from peak_meter import highest_resident_bytes
+from peak_meter import status_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
@@ -73,7 +73,7 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """The highest since the step began, from where the budget counts, and what is left of it."""
-        peak = highest_resident_bytes()
+        peak = status_bytes("VmHWM")
         resident = psutil.Process().memory_info().rss
         self.steps.append(
             {

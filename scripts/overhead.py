@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.workloads import pad
+from benchmarks.rows import pad
 from hf_mbp import MBPTrainer
 from hf_mbp.cli.sources import resolve_model
 

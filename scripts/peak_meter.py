@@ -11,6 +11,10 @@ POLL_SECONDS = 0.005
 """Who is measured may have the system count its peak anew (MBPTrainer does, at every step), so it is read all the time.
 What was the peak in the last moments before that could be missed; a step takes its peak early, in its longest rows."""
 
+FREED_IS_GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
+"""Environment of processes that are measured: glibc then gives every freed tensor back to the system, as it does for
+small programs. Else it keeps what is freed, in pieces, and the peak depends on how they happen to fit."""
+
 
 class PeakMeter:
     """The most that this process holds while the meter is open, and what it held when it was opened, in bytes.
@@ -22,13 +26,15 @@ class PeakMeter:
         self.device = device
         self.base_bytes = self.highest_bytes = 0
         self._is_polling, self._is_done = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> PeakMeter:
-        self._restart()
-        self.base_bytes = self.highest_bytes = self._read()
         self._thread = threading.Thread(target=self._poll, daemon=True)
         self._thread.start()
         self._is_polling.wait()  # what a thread needs for itself is there now
+        with self._lock:
+            self._restart()
+            self.base_bytes = self.highest_bytes = self._read()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -44,7 +50,8 @@ class PeakMeter:
         is_done = False
         while not is_done:
             is_done = self._is_done.wait(POLL_SECONDS)
-            self.highest_bytes = max(self.highest_bytes, self._read())
+            with self._lock:
+                self.highest_bytes = max(self.highest_bytes, self._read())
             self._is_polling.set()
 
     def _restart(self) -> None:
@@ -55,11 +62,28 @@ class PeakMeter:
             Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
 
     def _read(self) -> int:
-        return int(torch.cuda.max_memory_reserved()) if self.device == "cuda" else highest_resident_bytes()
+        return int(torch.cuda.max_memory_reserved()) if self.device == "cuda" else status_bytes("VmHWM")
 
 
-def highest_resident_bytes() -> int:
-    """Most memory of this process that was resident since the system was told to count anew; 0 where it does not."""
+def status_bytes(entry: str) -> int:
+    """What Linux notes of the memory of this process; 0 elsewhere."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(entry)), 0)
+
+
+class AddressSpaceMeter(PeakMeter):
+    """The same of the address space on a CPU, which is what `RLIMIT_AS` limits.
+
+    Resident memory can be more than that on top of what was there: a program fills gaps in what it had mapped before.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self._old_peak_bytes = status_bytes("VmPeak")
+
+    def _read(self) -> int:
+        if self.device == "cuda":
+            return super()._read()
+        peak = status_bytes("VmPeak")  # which cannot be made to count anew
+        return peak if peak > self._old_peak_bytes else status_bytes("VmSize")

@@ -2,6 +2,7 @@
 
     python scripts/rank_balance.py               print the table; takes a minute
     python scripts/rank_balance.py --write       and put it into docs/distributed.md
+    python scripts/rank_balance.py --many        print from where on runs are worse than turns, for `balance.MANY`
 
 Nothing is trained: costs are those of the planner, for a BERT of 6 layers and 384 hidden units, in micro-batches that
 are planned as in training, equally many on all ranks; the missing ones run with a few tokens at weight zero. 16 rows
@@ -19,7 +20,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_mbp import filler
-from hf_mbp.balance import deal
+from hf_mbp.balance import deal, in_runs, in_turns, row_costs
 from hf_mbp.plan import Budget, Cost, Ints, plan_rows
 from hf_mbp.sizing import cost_of
 from marked_table import put_table
@@ -27,6 +28,7 @@ from marked_table import put_table
 PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
 
 ROWS, STEPS, MAX_TOKENS = 16, 50, 8192
+MANY_STEPS = 8
 RANKS = (2, 4, 8, 64)
 DEVICES = {"cuda": "GPU", "cpu": "CPU"}
 
@@ -58,11 +60,11 @@ def cost_on(device: str) -> Cost:
         return cost_of(BertForSequenceClassification(config), torch.device(device))
 
 
-def steps_of(num_ranks: int, num_steps: int) -> Iterator[Ints]:
+def steps_of(num_ranks: int, num_steps: int, rows: int = ROWS) -> Iterator[Ints]:
     """Lengths of the rows of each step, of all ranks."""
     generator = np.random.default_rng(0)
     for _ in range(num_steps):
-        yield np.clip(np.rint(generator.lognormal(4.2, 0.8, ROWS * num_ranks)), 8, 512).astype(np.int64)
+        yield np.clip(np.rint(generator.lognormal(4.2, 0.8, rows * num_ranks)), 8, 512).astype(np.int64)
 
 
 def waiting(ranks: list[Ints], cost: Cost, max_tokens: int = MAX_TOKENS) -> Waiting:
@@ -107,11 +109,48 @@ def line(device: str, num_ranks: int, num_steps: int = STEPS) -> str:
     return f"| {DEVICES[device]} | {num_ranks} | {before.over_ideal()} | {after.over_ideal()} | {changes} |"
 
 
+TIMES = (5, 10, 15, 20, 25, 30, 50, 100)
+"""How often the rows of a rank cost as much as the overhead of a micro-batch."""
+
+MANY_SHAPES = ((16, 8), (64, 8), (16, 64), (64, 64))
+"""Rows for each rank, ranks."""
+
+MANY_HEADER = (
+    "rows cost (overheads) | runs / turns, after each: "
+    + ", ".join(f"{rows} x {ranks}" for rows, ranks in MANY_SHAPES)
+    + " | once: the same"
+)
+
+
+def many_line(times: float, num_steps: int = MANY_STEPS) -> str:
+    """How long steps take if rows are dealt in runs, over how long if in turns."""
+    ratios = [runs_over_turns(times, rows, ranks, num_steps) for rows, ranks in MANY_SHAPES]
+    columns = [" ".join(f"{ratio:.2f}" for ratio in way) for way in zip(*ratios, strict=True)]
+    return f"{times:3} | {' | '.join(columns)}"
+
+
+def runs_over_turns(times: float, rows: int, num_ranks: int, num_steps: int) -> tuple[float, float]:
+    """Where ranks wait for each other after each micro-batch, and once a step."""
+    ways: tuple[list[Waiting], list[Waiting]] = ([], [])
+    for lengths in steps_of(num_ranks, num_steps, rows):
+        lengths = np.sort(lengths)[::-1]
+        costs = row_costs(lengths, Cost())
+        cost = Cost(overhead=sum(costs) / num_ranks / times)
+        for way, dealt in zip(ways, (in_runs(costs, num_ranks), in_turns(len(costs), num_ranks)), strict=True):
+            way.append(waiting([lengths[dealt == rank] for rank in range(num_ranks)], cost))
+    runs, turns = map(total, ways)
+    return runs.after_each / turns.after_each, runs.once / turns.once
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the table into docs/distributed.md")
+    parser.add_argument("--many", action="store_true", help="compare the two ways to deal instead")
     options = parser.parse_args()
+    if options.many:
+        print("\n".join([MANY_HEADER, *(many_line(times) for times in TIMES)]))
+        return
     lines = [line(device, num_ranks) for device in DEVICES for num_ranks in RANKS]
     table = "\n".join([HEADER, *lines])
     print(table)

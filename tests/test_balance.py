@@ -15,16 +15,17 @@ import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 import rank_balance
-from hf_mbp import MBPConfig
+from hf_mbp import MBPConfig, row_lengths
 from hf_mbp.balance import deal
 from hf_mbp.collate import KeepRows
 from hf_mbp.loaders import BalancedBatches, DealtRows, EqualBatches, balanced, for_all_ranks, why_not_balanced
 from hf_mbp.plan import Cost, Ints
 from hf_mbp.report import balance_note
+from hf_mbp.row_lengths import known_lengths
 from marked_table import table_in
 from tests.distributed.cases import Stream
 from tests.helpers import Pad, bert_config, build, mbp_trainer, token_rows, with_labels
@@ -244,6 +245,38 @@ def test_rows_that_cannot_be_dealt_are_left_as_they_were_with_the_reason() -> No
     assert why_not_balanced(loader_of(0, even_batches=False)) is None
 
 
+def test_lengths_are_looked_up_once_for_all_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up = []
+
+    def counted(dataset: Any, **options: Any) -> Any:
+        looked_up.append(len(dataset))
+        return known_lengths(dataset, **options)
+
+    monkeypatch.setattr(row_lengths, "known_lengths", counted)
+    rows = list(ROWS)
+    loader = balanced(loader_of(0, rows), COST, 1)
+    assert read(loader) != read(loader)  # another epoch
+    assert looked_up == [61]
+    rows.append(rows[0])
+    read(loader)
+    assert looked_up == [61, 62]
+
+
+def test_targets_count_where_they_are_padded_by_themselves() -> None:
+    """Sources are alike; one target in four is long."""
+    rows = [{"input_ids": [5] * 10, "labels": [index] * (1 if index % 4 else 90)} for index in range(64)]
+    for dataset in (rows, datasets.Dataset.from_list(rows)):
+        shares = {
+            has_targets: [
+                [len(batch.unpack()) for batch in balanced(loader_of(rank, dataset), COST, 1, has_targets=has_targets)]
+                for rank in range(2)
+            ]
+            for has_targets in (False, True)
+        }
+        assert shares[False] == [[4] * 8] * 2
+        assert sum(shares[True][0]) < 24
+
+
 # The trainer
 
 
@@ -252,7 +285,8 @@ def trainer(tmp_path: Path) -> Callable[..., Any]:
     """A trainer that takes itself for one of two ranks."""
 
     def make(**changes: Any) -> Any:
-        made = mbp_trainer(build(BertForSequenceClassification, bert_config()), ROWS, tmp_path, **changes)
+        model = build(BertForSequenceClassification, bert_config(num_labels=len(ROWS)))
+        made = mbp_trainer(model, ROWS, tmp_path, **changes)
         made.mbp_feed.ranks = SimpleNamespace(count=2)
         return made
 
@@ -265,6 +299,31 @@ def test_rows_of_all_accumulated_batches_are_dealt_together(trainer: Callable[..
     assert shard.batches_dealt == 3
     assert shard.lengths().tolist() == [len(row["input_ids"]) for row in ROWS]
     assert shard.cost.attention > 0
+
+
+def test_targets_of_an_encoder_decoder_are_dealt_too(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5] * (3 + index), "labels": [6] * (2 * index % 7)} for index in range(30)]
+    sizes = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
+    made = mbp_trainer(build(T5ForConditionalGeneration, T5Config(**sizes)), rows, tmp_path)
+    made.mbp_feed.ranks = SimpleNamespace(count=2)
+    shard = made.mbp_feed.balanced(loader_of(1, rows)).batch_sampler
+    assert shard.lengths().tolist() == [3 + index + 2 * index % 7 for index in range(30)]
+
+
+@pytest.mark.parametrize("is_balanced", [False, True])
+def test_a_rank_with_too_few_rows_is_checked_on_rows_of_the_data(
+    trainer: Callable[..., Any], is_balanced: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = trainer(per_device_train_batch_size=1, max_steps=1)
+    made.mbp_feed.ranks = made._ranks
+    made.mbp_feed._is_balanced = is_balanced
+    before = torch.get_rng_state()
+    pool = made.mbp_feed._enough_to_check(made.mbp_feed._pool([[ROWS[3]]]))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [row["labels"] for row in pool.rows] == ([3, *range(8)] if is_balanced else [3])
+    assert pool.sizes[:, 0].tolist() == [len(row["input_ids"]) for row in pool.rows]
+    made.train()
+    assert ("Checked to be exact" in capsys.readouterr().out) == is_balanced
 
 
 def test_batches_that_workers_pad_are_dealt_one_by_one(trainer: Callable[..., Any]) -> None:
@@ -307,6 +366,14 @@ def test_the_simulation_compares_the_same_rows() -> None:
     assert after.once <= before.once
     assert after.once / after.ideal < before.once / before.ideal
     assert rank_balance.line("cpu", 2, num_steps=1).startswith("| CPU | 2 | ")
+
+
+def test_the_simulation_shows_from_where_on_turns_are_better() -> None:
+    few, many = (rank_balance.runs_over_turns(times, 16, 8, num_steps=4) for times in (5, 50))
+    assert few[0] < 0.9 < 1.05 < many[0]  # after each micro-batch
+    assert few[1] < many[1] < 1  # once a step
+    line = rank_balance.many_line(5, num_steps=1)
+    assert len(line.split(" | ")[1].split()) == len(rank_balance.MANY_SHAPES)
 
 
 def test_the_page_has_the_table() -> None:

@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 
+from hf_mbp.cli.errors import UserError
+
 ROOT = Path(__file__).parents[1]
+
+TRAINERS = {"mbp", "mbp_max_tokens", "mbp_memory_limit", "trainer", "group_by_length", "batch_rebalance"}
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
@@ -26,14 +30,11 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path
     """The report of a run of everything, once, and the folder that has its files."""
     folder = tmp_path_factory.mktemp("benchmark")
     completed = run(
-        "--workload", "tiny", "--shapes", "2x4", "8x1", "--repetitions", "1", "--threads", "1",
-        "--max_tokens", "64", "--output", str(folder / "tiny"),
+        "--workload", "tiny", "--shapes", "2x4", "8x1", "--repetitions", "1", "--threads", "1", "--max_tokens", "64",
+        "--contestants", *TRAINERS, "limit", "--output", str(folder / "new" / "tiny"),
     )  # fmt: skip
     assert completed.returncode == 0, completed.stdout + completed.stderr[-2000:]
-    return json.loads((folder / "tiny.json").read_text()), folder
-
-
-TRAINERS = {"mbp", "mbp_max_tokens", "mbp_memory_limit", "trainer", "group_by_length", "batch_rebalance"}
+    return json.loads((folder / "new" / "tiny.json").read_text()), folder / "new"
 
 
 def by_contestant(report: dict[str, Any], shape: str, part: str = "measurements") -> dict[str, dict[str, Any]]:
@@ -85,7 +86,8 @@ def test_page_and_picture_are_written(done: tuple[dict[str, Any], Path]) -> None
     assert report["command"] in page
     assert report["machine"] in page
     assert page.count("| MBPTrainer |") == 2
-    assert (folder / "tiny.png").stat().st_size > 10_000
+    assert "](tiny-tiny.png)" in page
+    assert (folder / "tiny-tiny.png").stat().st_size > 10_000
 
 
 def test_results_are_written_again(done: tuple[dict[str, Any], Path], tmp_path: Path, script: ModuleType) -> None:
@@ -127,6 +129,7 @@ def test_ratios_are_of_the_same_repetition() -> None:
     def record(contestant: str, repetition: int, seconds: float, peak: int) -> dict[str, Any]:
         place = {"workload": "w", "shape": "8x8", "contestant": contestant, "repetition": repetition}
         counts = {"steps": 3, "tokens": 900, "cells": 1000, "micro_batches": 6, "setup_seconds": 0.0, "error": ""}
+        counts |= {"size": "tiny", "flops": 0.0, "base_bytes": 0, "loss": float(repetition)}
         return {**place, **counts, "seconds": seconds, "peak_bytes": peak}
 
     rounds = [(1.0, 2.0), (10.0, 30.0), (4.0, 4.0)]
@@ -140,22 +143,34 @@ def test_ratios_are_of_the_same_repetition() -> None:
     assert mbp["memory_ratio"] == {"median": 0.25, "min": 0.25, "max": 0.25}
     assert mbp["tokens_per_second"] == pytest.approx({"median": 225.0, "min": 90.0, "max": 900.0})
     assert mbp["padding_fraction"] == pytest.approx(0.1)
+    assert mbp["loss"] == {"median": 1.0, "min": 0.0, "max": 2.0}
     assert trainer["speed_ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
 
 
 def test_a_failure_is_a_result() -> None:
-    from benchmarks.report import table
+    from benchmarks.page import columns_of, table
     from benchmarks.results import summary
 
     records = [
-        {"workload": "tiny", "shape": "8x1", "contestant": name, "repetition": 0, "steps": 3, "error": error}
+        {
+            "workload": "tiny",
+            "size": "tiny",
+            "shape": "8x1",
+            "contestant": name,
+            "repetition": 0,
+            "steps": 3,
+            "error": error,
+        }
         | {"tokens": 9, "cells": 10, "micro_batches": 3, "seconds": 1.0, "setup_seconds": 0.0, "peak_bytes": 5}
+        | {"flops": 0.0, "base_bytes": 0, "loss": 0.5}
         for name, error in (("mbp", ""), ("trainer", "RuntimeError: can't allocate memory"))
     ]
     ours, theirs = summary(records)
     assert ours["speed_ratio"] is None
-    text = table("tiny", "8x1", [ours, theirs])
+    text = table("8x1", [ours, theirs], columns_of({"device_bytes": None, "peak_flops": None}))
     assert "| Trainer | **fails**: RuntimeError: can't allocate memory |" in text
+    head, failure = [line for line in text.splitlines() if line.startswith(("| contestant", "| Trainer"))]
+    assert head.count("|") == failure.count("|")
 
 
 @pytest.mark.parametrize(
@@ -167,12 +182,11 @@ def test_a_failure_is_a_result() -> None:
         (["--repetitions", "0"], "--repetitions 0: write at least 1"),
         (["--threads", "0"], "--threads 0: write at least 1"),
         (["--memory_limit", "0.5"], "--memory_limit: memory_limit='0.5' is a fraction; write a size such as 1GiB"),
+        (["--contestants", "trl_packing"], "--contestants trl_packing: none of them takes part here. TRL's are for"),
         (["--memory_limit", "much"], "--memory_limit: memory_limit='much' is neither a size nor a fraction"),
     ],
 )
 def test_mistakes_are_told(options: list[str], message: str, script: ModuleType) -> None:
-    from hf_mbp.cli.errors import UserError
-
     parsed = script.parser().parse_args(["--workload", "tiny", *options])
     with pytest.raises(UserError) as raised:
         script.orders_of(parsed)
@@ -196,36 +210,39 @@ def script() -> ModuleType:
 def test_packages_that_are_not_installed_are_left_out(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    names = {"mbp_pytorch", "online_dynamic_batching"}
     monkeypatch.setitem(sys.modules, "mbp", None)
-    options = script.parser().parse_args(["--workload", "tiny", "--shapes", "8x1", "--repetitions", "1"])
-    missing = {name for name in names if not script.CONTESTANTS[name].is_installed}
-    assert {order.contestant for order in script.orders_of(options)} & names == names - missing
+    assert "mbp_pytorch" not in script.contestants_of(None)
+    with pytest.raises(UserError) as raised:
+        script.contestants_of(["mbp_pytorch"])
+    assert str(raised.value) == (
+        "--contestants mbp_pytorch: its package is not installed; pip install --no-deps mbp-pytorch==0.2.6"
+    )
     (tmp_path / "mbp.py").write_text("")
     monkeypatch.delitem(sys.modules, "mbp")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert "mbp_pytorch" in {order.contestant for order in script.orders_of(options)}
+    assert "mbp_pytorch" in script.contestants_of(None)
+    assert script.contestants_of(["mbp_pytorch"]) == ["mbp_pytorch"]
 
 
 def test_steps_without_a_trainer_have_every_row_once_an_epoch() -> None:
-    from benchmarks.contestants import Task
-    from benchmarks.workloads import WORKLOADS, Shape
-
-    workload, shape = WORKLOADS["tiny"], Shape.parse("2x4")
-    task = Task(workload=workload, shape=shape, steps=6, device="cpu", max_tokens=64, headroom_bytes=0, folder="")
+    task = a_task("tiny", steps=6)
     steps = list(task.random_steps())
     assert [len(rows) for rows in steps] == [8] * 6
-    rows = sorted(workload.rows(), key=str)
+    rows = sorted(task.rows(), key=str)
     assert sorted((row for step in steps[:3] for row in step), key=str) == rows
     assert sorted((row for step in steps[3:] for row in step), key=str) == rows
     assert steps[0] != steps[3]
 
 
-def test_language_models_learn_their_tokens() -> None:
-    from benchmarks.workloads import WORKLOADS, pad
+def a_task(workload: str, **changes: Any) -> Any:
+    from benchmarks.measure import Order
 
-    inputs = pad(WORKLOADS["jargon"].rows()[:4])
-    real = inputs["attention_mask"] == 1
-    assert inputs["labels"][real].equal(inputs["input_ids"][real])
-    assert (inputs["labels"][~real] == -100).all()
-    assert not real.all()
+    fields = {"workload": workload, "size": "tiny", "shape": "2x4", "contestant": "mbp", "repetition": 0, "steps": 3}
+    limits = {"device": "cpu", "dtype": "float32", "max_tokens": 64, "headroom_bytes": 0}
+    return Order(**{**fields, **limits, **changes}).task("")
+
+
+def test_an_earlier_report_is_refused(script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text(json.dumps({"measurements": [{"tokens": 9}]}))
+    with pytest.raises(UserError, match=r"--results .*old\.json: an earlier version of this script measured less"):
+        script.earlier_report(tmp_path / "old.json")

@@ -50,6 +50,13 @@ def test_steps_of_a_device_that_takes_its_share_more_come_to_rest_below_the_limi
         assert len(now.events) < 12
 
 
+def test_margins_of_a_small_room_are_shares_of_it() -> None:
+    """Beside weights that take 99 %, a budget aims at four fifths of what is left, and shrinks at nine tenths."""
+    small = Room(allowed_bytes=1_000_000, resting_bytes=990_000)
+    in_room = [(control.share_of(small, share) - 990_000) / 10_000 for share in (control.AIM, control.SHRINK_ABOVE)]
+    assert in_room == [pytest.approx(0.79), pytest.approx(0.91)]
+
+
 def test_one_large_step_in_fifty_is_remembered() -> None:
     """Most steps take much less than what is predicted, but the budget has to be right for the others, too."""
     now, beyond = profile(), []

@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_mbp import MBPConfig, MBPMixin, MBPSeq2SeqTrainer, MBPTrainer, memory
+from hf_mbp import MBPConfig, MBPMixin, MBPSeq2SeqTrainer, MBPTrainer, evaluation, memory, sizing
 from tests.helpers import (
     FILL,
     PAD,
@@ -699,6 +699,32 @@ def test_generation_to_the_default_length(budget: int | None, tmp_path: Path) ->
         options = {"predict_with_generate": True, "max_tokens_per_micro_batch": budget, "memory_limit": None}
         predicted.append(trainer_of(kind, model, tmp_path, **options).predict(rows_of(targets)))
     assert_same_labels(predicted[0].predictions, predicted[1].predictions)
+
+
+# Plans
+
+
+def test_micro_batches_are_planned_for_forward_passes(
+    tagger: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients are what a micro-batch of training costs here; without them there is no reason to pad."""
+    quick = replace(sizing.DEVICE_CLASSES["cpu"], launches=1e12)
+    monkeypatch.setitem(sizing.DEVICE_CLASSES, "cpu", quick)
+    whole = trainer_of(Trainer, tagger, tmp_path).predict(TAGGED)
+    cost = sizing.cost_of(tagger, torch.device("cpu"))
+    counts = {}
+    for forward_only in (True, False):
+        if not forward_only:
+            monkeypatch.setattr(evaluation, "cost_of", lambda *_, **__: cost)
+        trainer = trainer_of(MBPTrainer, tagger, tmp_path, max_tokens_per_micro_batch=10**6)
+        shapes = Shapes(tagger)
+        assert_same(whole, trainer.predict(TAGGED), TAGGED)
+        before = len(shapes.shapes)
+        assert_same(whole, trainer.predict(TAGGED), TAGGED)
+        counts[forward_only] = len(shapes.shapes) - before  # without the trial
+    batches = [TAGGED[start : start + BATCH] for start in range(0, len(TAGGED), BATCH)]
+    assert counts[True] == sum(len({len(row["input_ids"]) for row in batch}) for batch in batches)
+    assert counts[False] < counts[True]
 
 
 # Memory

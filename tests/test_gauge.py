@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -26,6 +27,26 @@ def test_a_peak_counts_from_the_restart_on() -> None:
     torch.ones(SIZE // 4)
     assert 0.9 * SIZE < gauge.peak_bytes() - before < 1.5 * SIZE
     assert memory.peak_memory(CPU) - before > 2 * SIZE
+
+
+@linux
+def test_what_is_resident_is_what_psutil_says() -> None:
+    kept = torch.ones(SIZE // 4)
+    assert memory.used_memory(CPU) == pytest.approx(psutil.Process().memory_info().rss, rel=0.01)
+    before = memory.used_memory(CPU)
+    more = torch.ones(SIZE // 4)
+    assert SIZE * 0.9 < memory.used_memory(CPU) - before < SIZE * 1.5
+    assert kept.numel() == more.numel()
+
+
+@linux
+def test_a_look_between_micro_batches_is_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_bytes
+    files: list[str] = []
+    monkeypatch.setattr(psutil, "Process", None)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: files.append(str(path)) or read(path))
+    Gauge(CPU).tidy(0, 2**60)
+    assert files == ["/proc/self/statm"]
 
 
 def test_a_device_that_cannot_be_read_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

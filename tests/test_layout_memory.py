@@ -13,7 +13,7 @@ from hf_mbp.gauge import Gauge
 from hf_mbp.plan import Budget, Layout
 from hf_mbp.probe import loss_of
 from hf_mbp.profile import Profile, difference, key_of
-from hf_mbp.sizing import measure_budget
+from hf_mbp.sizing import cost_of, measure_budget
 from tests.flash import Kernels, install, with_flash
 from tests.helpers import build, gpt2_config, llama_config, mbp_trainer, token_rows, with_labels
 
@@ -88,7 +88,7 @@ def test_rows_that_together_are_one_too_long_row_run_in_several(tmp_path: Path) 
         bytes_per_pair=budget.bytes_per_pair,
     )
     pool = trainer.mbp_feed._pool([rows])
-    micro_batches = trainer.mbp_feed._planned(pool, capped, trainer.mbp_feed._cost_of_model())
+    micro_batches = trainer.mbp_feed._planned(pool, capped, cost_of(trainer.model, trainer.args.device))
     assert sum(micro_batch.num_rows for micro_batch in micro_batches) == len(rows)
     assert any(micro_batch.num_rows > 1 for micro_batch in micro_batches)
     assert all(micro_batch.cells <= 900 for micro_batch in micro_batches if micro_batch.num_rows > 1)
@@ -103,7 +103,7 @@ def test_the_worst_micro_batch_is_tried_as_it_will_run(layout: Layout, kernels: 
     # As much as one row of twice the longest takes, so that several run together.
     budget = replace(budget, max_bytes=float(budget.bytes(1, 600)))
     profile = Profile(key={}, options={}, budget=budget)
-    worst = rehearsal.worst_of(trainer, rows, profile, trainer.mbp_feed._cost_of_model())
+    worst = rehearsal.worst_of(trainer, rows, profile, cost_of(trainer.model, trainer.args.device))
     assert worst is not None
     assert worst.planned_bytes <= budget.max_bytes
     calls: list[dict[str, Any]] = []

@@ -38,12 +38,12 @@ FILLED = """
 import sys
 import torch
 from transformers import BertForSequenceClassification, TrainerCallback
-from hf_mbp import MBPConfig, MBPTrainer, feed, memory, run_budget
+from hf_mbp import MBPConfig, MBPTrainer, memory, run_budget, run_cost
 from hf_mbp.plan import Cost
 from tests.helpers import Pad, arguments, bert_config, token_rows, with_labels
 
 MIB, cpu = 2**20, torch.device("cpu")
-feed.cost_of = run_budget.cost_of = lambda *_: Cost(overhead=1e9)  # as few micro-batches as fit
+run_cost.cost_of = run_budget.cost_of = lambda *_: Cost(overhead=1e9)  # as few micro-batches as fit
 torch.set_num_threads(1)
 
 class Looks(TrainerCallback):

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_mbp import plan_micro_batches
+from hf_mbp.orders import orders_of
 from hf_mbp.plan import Budget, Cost, as_sizes, plan_rows, round_up
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
@@ -137,18 +138,20 @@ def test_no_partition_within_the_bytes_is_cheaper(
 @pytest.mark.parametrize("cost", COSTS)
 @given(lengths=pairs, max_tokens=st.integers(1, 80))
 @quick
-def test_no_cut_of_sorted_pairs_is_cheaper(cost: Cost, lengths: list[tuple[int, int]], max_tokens: int) -> None:
+def test_no_cut_of_pairs_sorted_by_the_longer_part_is_cheaper(
+    cost: Cost, lengths: list[tuple[int, int]], max_tokens: int
+) -> None:
     sizes, budget = as_sizes(lengths), Budget(max_tokens=max_tokens)
-    order = sorted(range(len(lengths)), key=lambda index: -int(sizes[index].sum()))
+    order = sorted(range(len(lengths)), key=lambda index: (-int(sizes[index].max()), -int(sizes[index].sum())))
     best = cheapest(contiguous_groups(order), sizes, budget, cost)
     plan = plan_rows(sizes, budget, cost)
     assert all(is_allowed(group, sizes, budget) for group in plan)
-    assert time_of(plan, sizes, cost) == pytest.approx(min(best.values()))
+    assert time_of(plan, sizes, cost) <= min(best.values()) * (1 + 1e-9)
     for count, least in best.items():
         exact = plan_rows(sizes, budget, cost, num_micro_batches=count)
         assert len(exact) == count
         assert all(is_allowed(group, sizes, budget) for group in exact)
-        assert least <= time_of(exact, sizes, cost) * (1 + 1e-9) <= least * 1.01 * (1 + 1e-9)
+        assert time_of(exact, sizes, cost) <= least * 1.01 * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -169,8 +172,8 @@ def test_no_cut_is_cheaper_in_widths_that_the_collator_rounds_up(cost: Cost, mul
             assert all(len(g) == 1 or len(g) * w <= 900 for g, w in zip(plan, widths, strict=True))
             return sum(cost.overhead + max(cost.floor, work) for work in works)
 
-        order = sorted(range(9), key=lambda index: -int(rounded[index].sum()))
-        best = cheapest(contiguous_groups(order), rounded, budget, cost)
+        plans = chain.from_iterable(contiguous_groups(order.tolist()) for order in orders_of(rounded))
+        best = cheapest(plans, rounded, budget, cost)
         assert padded_time(plan_rows(rounded, budget, cost)) == pytest.approx(min(best.values()))
 
 
@@ -260,8 +263,8 @@ def test_pairs_are_complete_within_the_cap_and_longest_first(lengths: list[tuple
     for group in plan:
         width = max(lengths[i][0] for i in group) + max(lengths[i][1] for i in group)
         assert len(group) == 1 or len(group) * width <= cap
-    totals = [sum(lengths[index]) for group in plan for index in group]
-    assert totals == sorted(totals, reverse=True)
+    widths = [width_of(group, as_sizes(lengths)) for group in plan]
+    assert widths == sorted(widths, reverse=True)
 
 
 def test_equal_rows_keep_their_order() -> None:

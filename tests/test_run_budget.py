@@ -253,6 +253,18 @@ def test_lengths_are_known_of_tables_and_lists_and_of_nothing_else() -> None:
     assert known_lengths(iter(rows)) is None
 
 
+def test_targets_of_an_encoder_decoder_are_known_too() -> None:
+    rows = [{"input_ids": [5] * index, "labels": [6] * (20 - index)} for index in range(1, 20)]
+    for known in (rows, datasets.Dataset.from_list(rows)):
+        assert known_lengths(known, has_targets=True).tolist() == [20] * 19
+        assert known_lengths(known).tolist() == list(range(1, 20))
+    classes = [{"input_ids": [5] * index, "labels": index} for index in range(1, 20)]
+    sources = [{"input_ids": [5] * index} for index in range(1, 20)]
+    for known, more in ((classes, 1), (sources, 0)):
+        for kind in (known, datasets.Dataset.from_list(known)):
+            assert known_lengths(kind, has_targets=True).tolist() == [index + more for index in range(1, 20)]
+
+
 def test_rows_are_read_as_the_collator_gets_them(tmp_path: Path) -> None:
     rows = [{**row, "note": "x"} for row in with_labels(token_rows(40), masked_prefix)]
     trainer = mbp_trainer(

@@ -136,6 +136,28 @@ def test_a_model_that_does_not_tell_its_shape_has_no_attention() -> None:
     assert cost.overhead > 0
 
 
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda")])
+def test_a_forward_pass_costs_what_training_costs_without_gradients(device: torch.device) -> None:
+    """In units of a cell, of which each takes a third of the time: pairs of positions and launches do, too."""
+    model = build(BertForMaskedLM, bert_config())
+    full, forward = cost_of(model, device), cost_of(model, device, forward_only=True)
+    assert forward.overhead < full.overhead
+    frozen = cost_of(model.requires_grad_(False), device)
+    for name in ("overhead", "cell", "attention", "floor"):
+        assert getattr(forward, name) == pytest.approx(getattr(frozen, name))
+
+
+def test_the_forward_pass_is_a_third_of_the_operations() -> None:
+    model, token_ids = build(BertForMaskedLM, bert_config()), torch.randint(5, VOCABULARY, (4, 16))
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as forward:
+        loss = model(input_ids=token_ids, labels=token_ids).loss
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    share = forward.get_total_flops() / (forward.get_total_flops() + backward.get_total_flops())
+    assert share == pytest.approx(sizing.FORWARD, rel=0.03)
+
+
 def test_a_model_without_weights_has_a_cost() -> None:
     assert np.isfinite(cost_of(torch.nn.Identity(), CPU)(np.array(1), np.array(1)))
 

@@ -25,7 +25,7 @@ def _entry(key: tuple[str, str, str], records: list[Record]) -> Record:
     workload, shape, contestant = key
     place = [r for r in records if (r["workload"], r["shape"]) == (workload, shape)]
     own = [r for r in place if r["contestant"] == contestant]
-    entry: Record = {"workload": workload, "shape": shape, "contestant": contestant}
+    entry: Record = {"workload": workload, "size": own[0]["size"], "shape": shape, "contestant": contestant}
     if errors := [r["error"] for r in own if r["error"]]:
         return {**entry, "error": errors[0]}
     pairs = [(r, base) for r in own for base in place if _are_comparable(r, base)]
@@ -38,6 +38,9 @@ def _entry(key: tuple[str, str, str], records: list[Record]) -> Record:
         "micro_batches_per_step": median(r["micro_batches"] / r["steps"] for r in own),
         "peak_bytes": spread(r["peak_bytes"] for r in own),
         "memory_ratio": spread(r["peak_bytes"] / base["peak_bytes"] for r, base in pairs if base["peak_bytes"]),
+        "flops_per_second": spread(r["flops"] / r["seconds"] for r in own),
+        "held_bytes": spread(r["base_bytes"] + r["peak_bytes"] for r in own),
+        "loss": spread(r["loss"] for r in own),
         "setup_seconds": spread(r["setup_seconds"] for r in own),
     }
 

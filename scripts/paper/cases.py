@@ -37,9 +37,9 @@ def write_nothing(folder: Path) -> None:
 class Case:
     """A model and its data; `prepare(rows, folder)` returns the model, that many rows, and the collator.
 
-    `write(folder)` puts there what it will read. `headroom` is what the limit leaves, in bytes: for gradients, the
-    optimizer's states and activations. The search for the most rows that the plain Trainer can hold begins with
-    `first_try`.
+    `write(folder)` puts there what it will read. Rows are up to `longest` tokens long; images count as one. `headroom`
+    is what the limit leaves, in bytes: for gradients, the optimizer's states and activations. The search for the most
+    rows that the plain Trainer can hold begins with `first_try`.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Case:
     data: str
     prepare: Callable[[int, Path], tuple[Any, Rows, Any]]
     write: Callable[[Path], None] = write_nothing
+    longest: int = 1
     data_set_rows: int
     steps: int
     learning_rate: float
@@ -104,10 +105,10 @@ def prepare_images(num_rows: int, folder: Path) -> tuple[Any, Rows, Any]:  # noq
         image_size=8,
         patch_size=1,
         num_channels=1,
-        hidden_size=64,
+        hidden_size=96,
         num_hidden_layers=6,
         num_attention_heads=4,
-        intermediate_size=256,
+        intermediate_size=384,
         num_labels=10,
         initializer_range=0.1,  # for so few hidden units, to learn within a few steps
     )
@@ -121,6 +122,7 @@ CASES = (
         data="e-mails, up to 32 tokens each",
         prepare=prepare_text,
         write=write_texts,
+        longest=LONGEST_TEXT,
         data_set_rows=128,
         steps=4,
         learning_rate=1e-4,
@@ -135,7 +137,7 @@ CASES = (
         data_set_rows=1797,
         steps=6,
         learning_rate=1e-3,
-        headroom=160 * MIB,
+        headroom=240 * MIB,
         first_try=80,
     ),
 )

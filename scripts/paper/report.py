@@ -24,7 +24,10 @@ fits the memory, and that the model learns as if it did fit. Here the mini-batch
 real: once model and data are there, the process may take only so many MiB more (`RLIMIT_AS` on a CPU, the fraction of
 the memory on a GPU), for gradients, the states of AdamW and activations. No budget is named: `MBPTrainer` finds it.
 
-Memory is the highest resident memory (on a GPU, what torch has reserved), counted from when model and data were there.
+Memory is address space, which is what `RLIMIT_AS` limits (on a GPU, what torch has reserved), at its highest, counted
+from when model and data were there. A micro-batch has fewer rows than the plain `Trainer` can hold: beside its
+activations stand the gradients of the rows before it, and a tenth of the limit is left free.
+
 Each run is a process of its own, in float32 and without dropout. On a CPU glibc was told to return freed tensors to the
 system (`MALLOC_MMAP_THRESHOLD_=131072`), for either trainer: else its peak depends on how freed pieces happen to fit.
 """
@@ -40,12 +43,13 @@ def write_report(results: Results, output: Path) -> None:
 
 def section(result: dict[str, Any]) -> str:
     """Table and verdict of a case."""
-    rows, fits, headroom = result["data_set_rows"], result["fits"], result["headroom_bytes"] / MIB
+    rows, fits, most_rows = result["data_set_rows"], result["fits"], result["most_rows"]
+    headroom = result["headroom_bytes"] / MIB
     runs = [
         ("`Trainer`", rows, "none", result["unlimited"]),
         ("`Trainer`", rows, f"{headroom:,.0f} MiB", result["stock"]),
         ("`MBPTrainer`", rows, f"{headroom:,.0f} MiB", result["limited"]),
-        ("`Trainer`", fits, f"{headroom:,.0f} MiB", result["at_fit"]),
+        ("`Trainer`", most_rows, f"{headroom:,.0f} MiB", result["at_most"]),
         *(
             ("`MBPTrainer`", int(times) * fits, f"{headroom:,.0f} MiB", outcome)
             for times, outcome in result["multiples"].items()
@@ -53,9 +57,10 @@ def section(result: dict[str, Any]) -> str:
     ]
     lines = [
         f"## {result['title']}: {result['data']}\n",
-        f"The data set has {rows:,} rows; the plain `Trainer` can just hold {fits:,} under the limit.\n",
-        "| trainer | rows a step | limit | peak memory | micro-batches | seconds a step | first and last loss |",
-        "| --- | ---: | --- | ---: | ---: | ---: | --- |",
+        f"The data set has {rows:,} rows; the plain `Trainer` can just hold {most_rows:,} under the limit. The last "
+        f"runs have {', '.join(result['multiples'])} times the {fits:,} rows that fit as one micro-batch.\n",
+        "| trainer | rows a step | limit | peak memory | micro-batches | first and last loss |",
+        "| --- | ---: | --- | ---: | ---: | --- |",
         *(table_row(*run) for run in runs),
         "",
         *(f"* {'yes' if holds else '**no**'}: {text}" for text, holds in result["checks"].items()),
@@ -67,11 +72,11 @@ def section(result: dict[str, Any]) -> str:
 def table_row(trainer: str, rows: int, limit: str, outcome: dict[str, Any]) -> str:
     """A run."""
     if outcome["error"]:
-        return f"| {trainer} | {rows:,} | {limit} | **fails**: no memory left | | | |"
+        return f"| {trainer} | {rows:,} | {limit} | **fails**: no memory left | | |"
     losses = outcome["losses"]
     return (
         f"| {trainer} | {rows:,} | {limit} | {outcome['peak_bytes'] / MIB:,.0f} MiB | {outcome['micro_batches']:.0f} | "
-        f"{outcome['seconds'] / len(losses):.1f} | {losses[0]:.6f}, {losses[-1]:.6f} |"
+        f"{losses[0]:.6f}, {losses[-1]:.6f} |"
     )
 
 
@@ -107,7 +112,7 @@ def draw_peaks(axes: Any, result: dict[str, Any]) -> None:
     """A bar for each size; the plain Trainer's is what it would take."""
     limit, fits = result["headroom_bytes"] / MIB, result["fits"]
     bars = [
-        (f"Trainer\n{fits:,}", result["at_fit"], ORANGE),
+        (f"Trainer\n{result['most_rows']:,}", result["at_most"], ORANGE),
         *((f"{times} x\n{int(times) * fits:,}", outcome, BLUE) for times, outcome in result["multiples"].items()),
         (f"data set\n{result['data_set_rows']:,}", result["limited"], BLUE),
         (f"Trainer\n{result['data_set_rows']:,}", result["unlimited"], ORANGE),
@@ -115,9 +120,9 @@ def draw_peaks(axes: Any, result: dict[str, Any]) -> None:
     heights = [outcome["peak_bytes"] / MIB for _, outcome, _ in bars]
     axes.bar([label for label, _, _ in bars], heights, width=0.6, color=[colour for _, _, colour in bars])
     for x, height in enumerate(heights):
-        # inside of the bar: above it runs the limit
-        place = {"xytext": (0, -13), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(f"{height:,.0f}", (x, height), color="white", fontsize=9, weight="bold", **place)
+        above = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+        beside_limit = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.annotate(f"{height:,.0f}", (x, height), bbox=beside_limit, **above)
     axes.bar([0], [0], color=BLUE, label="MBPTrainer")
     axes.bar([0], [0], color=ORANGE, label="Trainer (rightmost: without the limit)")
     axes.axhline(limit, color=RED, linestyle="--", linewidth=1.2, label=f"limit: {limit:,.0f} MiB")

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_mbp import MBPConfig, MBPTrainer
 from paper.cases import Case, case_of
-from peak_meter import PeakMeter
+from peak_meter import AddressSpaceMeter
 
 REFUSED = ("allocate memory", "out of memory", "MemoryError", "bad_alloc")
 """What the allocators say."""
@@ -43,6 +43,7 @@ class Outcome:
     peak_bytes: int = 0
     seconds: float = 0.0
     micro_batches: float = 1.0
+    max_tokens: int = 0
 
     @property
     def is_refused(self) -> bool:
@@ -77,7 +78,7 @@ def perform(run: Run, folder: str) -> Outcome:
     )
     gc.collect()  # what the warm-up has left
     error, started = "", time.perf_counter()
-    with PeakMeter(run.device) as meter:
+    with AddressSpaceMeter(run.device) as meter:
         if run.is_limited:
             limit(run.device, case.headroom)
         try:
@@ -92,6 +93,7 @@ def perform(run: Run, folder: str) -> Outcome:
         peak_bytes=meter.peak_bytes,
         seconds=time.perf_counter() - started,
         micro_batches=logs[-1].get("mbp_micro_batches", 1.0) if logs else 1.0,
+        max_tokens=int(logs[-1].get("mbp_max_tokens", 0)) if logs else 0,
     )
 
 

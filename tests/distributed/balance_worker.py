@@ -43,12 +43,27 @@ def outcome(folder: Path, *, balance: bool, accumulation: int) -> dict[str, Any]
     return {"weights": weights, "lengths": steps}
 
 
+def check_beside_a_long_row(folder: Path) -> dict[str, Any]:
+    """Rows of this rank in a step of which one is longer than all others together, and what the check says."""
+    long_and_short = token_rows(1, low=300, high=300) + token_rows(15, low=3, high=10)
+    model = build(BertForTokenClassification, bert_config(num_labels=3, max_position_embeddings=512))
+    options = {"per_device_train_batch_size": 8, "max_steps": 1, "max_tokens_per_micro_batch": 1000}
+    rows = with_labels(long_and_short, lambda index, row: [t % 3 for t in row["input_ids"]])
+    trainer = mbp_trainer(model, rows, folder, **options)
+    said, run = [], trainer.mbp_feed.check.run
+    trainer.mbp_feed.check.run = lambda *args: said.append(run(*args)) or said[-1]
+    trainer.train()
+    (batch,) = trainer.get_train_dataloader()
+    return {"rows": len(batch.unpack()), "check": said}
+
+
 def main(folder: Path) -> None:
-    outcomes = {
+    outcomes: dict[Any, Any] = {
         (balance, accumulation): outcome(folder / "out", balance=balance, accumulation=accumulation)
         for balance in (False, True)
         for accumulation in (1, 2)
     }
+    outcomes["long row"] = check_beside_a_long_row(folder / "out")
     torch.save(outcomes, folder / f"rank{os.environ['RANK']}.pt")
     leave()
 

@@ -53,11 +53,25 @@ def report_of(folder: Path) -> EquivalenceReport:
     return compare(trainer, trainer.mbp_rows.sample(24), 6, together=trainer.mbp_feed.ranks)
 
 
+def said_beside_a_long_row(folder: Path) -> tuple[int, str]:
+    """How many rows this rank may compare where one is as long as all others together, and what is said."""
+    trainer = trainer_of(folder)
+    long_and_short = token_rows(1, low=60, high=60) + token_rows(7, low=3, high=4)
+    trainer.train_dataset = with_labels(long_and_short, lambda index, row: index % 3)
+    said, run = [], trainer.mbp_feed.check.run
+    trainer.mbp_feed.check.run = lambda rows, *others: (  # type: ignore[method-assign]
+        said.append((len(rows), run(rows, *others))) or said[-1][1]
+    )
+    trainer.train()
+    return said[0]
+
+
 def main(folder: Path) -> None:
     report = report_of(folder / "a")
     outcome = {
         "report": {"error": report.max_relative_error, "losses": (report.whole_loss, report.split_loss)},
         "refusal": refusal(folder / "b"),
+        "long row": said_beside_a_long_row(folder / "e"),
         "checked": trained_weights(folder / "c", on_inexact="error"),
         "unchecked": trained_weights(folder / "d", check_at_start=False),
     }

@@ -28,6 +28,11 @@ def test_what_is_not_exact_is_refused_on_all_ranks(ranks: list[Any]) -> None:
         assert "in one process" in rank["refusal"]
 
 
+def test_a_rank_with_a_single_row_keeps_none_from_comparing(ranks: list[Any]) -> None:
+    assert [rank["long row"][0] for rank in ranks] == [1 + 8, 7]  # the one that it was dealt, and the first of the data
+    assert all(rank["long row"][1].startswith("Checked to be exact") for rank in ranks)
+
+
 def test_it_leaves_no_trace(ranks: list[Any]) -> None:
     """Of dropout either, whose random numbers go on as if nothing had been."""
     for rank in ranks:
