@@ -93,7 +93,8 @@ class Comparison:
         self.whole = self._collated_whole()
         self.is_dense = has_entry_for_each_row(self.whole, len(self.rows))
         self.is_random_collator = self.is_dense and not _same(self.whole, self._collated_whole())
-        self.parts = self.collate(_uneven_groups(len(self.rows), self.smallest))
+        parts = self.collate(_uneven_groups(len(self.rows), self.smallest))
+        self.parts = [trainer.mbp_rows.arranged(part) for part in parts]
 
     # Rows and inputs
 
