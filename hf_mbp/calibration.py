@@ -177,7 +177,8 @@ def _fit(times: _Times, work: Floats, is_flat: Any, modelled: Cost) -> tuple[Cos
         cells = times.rows * times.width
         overhead, floor, cell, pair = _solution([cells, cells * times.width], is_flat, times.seconds)
         if cell > 0 and overhead + floor > 0:
-            return Cost(overhead=overhead / cell, attention=pair / cell, floor=floor / cell), cell
+            fitted = replace(modelled, overhead=overhead / cell, attention=pair / cell, floor=floor / cell)
+            return fitted, cell
     overhead, floor, unit = _solution([work], is_flat, times.seconds)
     if unit > 0 and overhead + floor > 0:
         return replace(modelled, overhead=overhead / unit, floor=floor / unit), unit

@@ -59,17 +59,19 @@ class Cost:
     `overhead` is what a micro-batch costs whatever its size (kernel launches, adding gradients to parameters), `cell`
     what each padded token costs, and `attention` what each pair of positions in a row costs. The planner minimises
     the sum over the micro-batches. What cells and pairs cost together counts as at least `floor`: a device that waits
-    for its host to launch kernels could compute as much meanwhile.
+    for its host to launch kernels could compute as much meanwhile. Beyond `most_cells`, if given, a micro-batch costs
+    more than this, and none with several rows is made.
     """
 
     overhead: float = 32.0
     cell: float = 1.0
     attention: float = 0.0
     floor: float = 0.0
+    most_cells: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not value >= 0:
+            if value is not None and not value >= 0:
                 raise ValueError(f"Cost.{name} must not be negative, got {value!r}.")
 
     def __call__(self, rows: Ints | Floats, width: Ints | Floats) -> Floats:
@@ -79,6 +81,10 @@ class Cost:
     def of_row(self, width: Ints | Floats) -> Floats:
         """Modelled time of what one row adds to a micro-batch padded to `width`, but for the floor."""
         return np.asarray(width * (self.cell + self.attention * width), dtype=np.float64)
+
+    def holds_for(self, rows: Any, width: Any) -> Any:
+        """Whether micro-batches `[rows, width]` cost what is modelled, and not more."""
+        return True if self.most_cells is None else rows * width <= self.most_cells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +230,11 @@ def _cut_in_order(
     order: Ints, sizes: Ints, budget: Budget, cost: Cost, num_micro_batches: int | None
 ) -> tuple[float, list[list[int]]]:
     """Groups of rows that are neighbours in an order, and their modelled time; infinite if there are too few."""
-    rows = SortedRows(sizes=sizes[order], fits=budget.fits, time_of_row=cost.of_row, floor=cost.floor)
+
+    def fits(rows: Any, width: Any) -> Any:
+        return np.logical_and(budget.fits(rows, width), cost.holds_for(rows, width))
+
+    rows = SortedRows(sizes=sizes[order], fits=fits, time_of_row=cost.of_row, floor=cost.floor)
     if num_micro_batches is None:
         cuts = best_cuts(rows, cost.overhead)
     else:

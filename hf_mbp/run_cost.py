@@ -176,7 +176,7 @@ class RunCost:
     def _first_ranks(self, cost: Cost) -> Cost:
         """The cost as the first rank has it: unlike machines may round unlike."""
         overhead, cell, attention, floor = self._ranks.gather(cost.overhead, cost.cell, cost.attention, cost.floor)[0]
-        return Cost(overhead=overhead, cell=cell, attention=attention, floor=floor)
+        return replace(cost, overhead=overhead, cell=cell, attention=attention, floor=floor)
 
 
 def _read(kept: dict[str, Any]) -> Calibration:

@@ -29,16 +29,19 @@ class DeviceClass:
     """What a kind of device does in a second, in orders of magnitude, for the cost model of the planner.
 
     `queues` says that the device computes while its host launches what comes next, so that only the longer counts.
+    `cache_bytes`, if given, is what it keeps near: what a layer leaves there for the next is read again from memory,
+    which takes longer, where it is more.
     """
 
     flops: float
     bytes: float
     launches: float
     queues: bool = False
+    cache_bytes: float | None = None
 
 
 DEVICE_CLASSES = {
-    "cpu": DeviceClass(flops=1e11, bytes=1e10, launches=1e5),  # a few cores
+    "cpu": DeviceClass(flops=1e11, bytes=1e10, launches=1e5, cache_bytes=2**25),  # a few cores
     "mps": DeviceClass(flops=5e12, bytes=2e11, launches=5e4),
     "cuda": DeviceClass(flops=1e14, bytes=1e12, launches=1e5, queues=True),  # 10 us a launch, its Python included
 }
@@ -46,6 +49,10 @@ DEVICE_CLASSES = {
 
 OPERATORS_PER_LAYER = 60
 """Kernels that forward and backward of a transformer layer launch."""
+
+VECTORS_PER_CELL = 10
+"""Of the size of a hidden state, that a transformer layer makes of each position: queries, keys, values, what attention
+gives before and after its last weights, four in the feed-forward part, and what that gives."""
 
 FORWARD = 1 / 3
 """Share of operations and kernels that are those of the forward pass: the backward pass multiplies twice as often, with
@@ -58,7 +65,8 @@ def cost_of(model: torch.nn.Module, device: torch.device, *, forward_only: bool 
     A cell costs six floating point operations for each weight it is multiplied with, forward and backward together;
     a pair of positions twelve for each layer and hidden unit. A micro-batch costs the launch of its kernels, and
     reading and writing each trainable parameter's gradient, whatever its size. Where the device queues what is
-    launched, the launches are hidden behind the computation, and are the least that it takes.
+    launched, the launches are hidden behind the computation, and are the least that it takes. Where a cache is small
+    enough to matter, as on a CPU, this holds as long as the cache holds what a layer makes.
 
     Without a backward pass, as in evaluation (`forward_only`), there are no gradients, and a third of the rest.
     """
@@ -76,7 +84,16 @@ def cost_of(model: torch.nn.Module, device: torch.device, *, forward_only: bool 
         cell=1.0,
         attention=share * 12.0 * layers * hidden / cell,
         floor=floor * cells_per_second,
+        most_cells=_cells_in_cache(model, hidden, speed.cache_bytes),
     )
+
+
+def _cells_in_cache(model: torch.nn.Module, hidden: int, cache_bytes: float | None) -> float | None:
+    """Cells of which a layer makes no more than the cache holds; `None` where there is no telling."""
+    weight = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+    if cache_bytes is None or not hidden or weight is None:
+        return None
+    return cache_bytes / (VECTORS_PER_CELL * hidden * weight.element_size())
 
 
 def _shape(model: torch.nn.Module) -> tuple[int, int]:

@@ -267,6 +267,16 @@ def test_pairs_are_complete_within_the_cap_and_longest_first(lengths: list[tuple
     assert widths == sorted(widths, reverse=True)
 
 
+def test_no_more_cells_are_put_together_than_the_cost_holds_for() -> None:
+    cost = Cost(overhead=1e6, most_cells=100.0)
+    plan = plan_rows(as_sizes([20] * 12 + [150, 7]), Budget(), cost)
+    shapes = [(len(group), max(([20] * 12 + [150, 7])[index] for index in group)) for group in plan]
+    assert shapes[0] == (1, 150), "a row alone is run whatever it costs"
+    assert all(rows * width <= 100 for rows, width in shapes[1:])
+    assert len(plan) == 4
+    assert len(plan_rows(as_sizes([20] * 12), Budget(), Cost(overhead=1e6))) == 1
+
+
 def test_equal_rows_keep_their_order() -> None:
     assert plan_micro_batches([5] * 7, max_tokens=1000) == [[0, 1, 2, 3, 4, 5, 6]]
 

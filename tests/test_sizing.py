@@ -158,6 +158,17 @@ def test_the_forward_pass_is_a_third_of_the_operations() -> None:
     assert share == pytest.approx(sizing.FORWARD, rel=0.03)
 
 
+def test_a_cpu_is_given_no_more_cells_than_its_cache_holds() -> None:
+    narrow, wide = (BertForSequenceClassification(bert_config(hidden_size=size)) for size in (16, 64))
+    cpu = torch.device("cpu")
+    most = sizing.cost_of(narrow, cpu).most_cells
+    assert most == pytest.approx(2**25 / (10 * 16 * 4))
+    assert sizing.cost_of(wide, cpu).most_cells == pytest.approx(most / 4)
+    assert sizing.cost_of(narrow.to(torch.bfloat16), cpu).most_cells == pytest.approx(2 * most)
+    assert sizing.cost_of(narrow, torch.device("cuda")).most_cells is None
+    assert sizing.cost_of(torch.nn.Linear(2, 2), cpu).most_cells is None, "it does not tell its shape"
+
+
 def test_a_model_without_weights_has_a_cost() -> None:
     assert np.isfinite(cost_of(torch.nn.Identity(), CPU)(np.array(1), np.array(1)))
 
