@@ -19,7 +19,7 @@ import tomllib
 
 ROOT = Path(__file__).parents[1]
 
-TOOLS = ("hypothesis", "peft", "pytest", "pytest-timeout", "pytest-xdist")
+TOOLS = ("hypothesis", "optuna", "pytest", "pytest-timeout", "pytest-xdist", "tensorboard")
 """Of the development extra, what the core of the tests needs."""
 
 CORE = (
