@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, Command] = {
     "plan": Command(module="hf_mbp.cli.plan", says="show how a recipe would train: lengths, micro-batches, memory"),
     "check": Command(module="hf_mbp.cli.check", says="check that micro-batches are exact for a recipe"),
     "estimate": Command(module="hf_mbp.cli.estimate", says="predict the memory of a model, and the budget that fits"),
+    "bench": Command(module="hf_mbp.cli.bench", says="measure a few steps of a recipe beside the stock Trainer"),
 }
 
 HELP = """\

@@ -58,9 +58,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["trian"], "trian is not a command; write one of train, plan, check, estimate; did you mean train?"),
+        (["trian"], "trian is not a command; write one of train, plan, check, estimate, bench; did you mean train?"),
         (["my.yaml"], "my.yaml is a recipe, and no command; write hf-mbp train my.yaml"),
-        (["--steps"], "--steps is not a command; write one of train, plan, check, estimate"),
+        (["--steps"], "--steps is not a command; write one of train, plan, check, estimate, bench"),
     ],
 )
 def test_other_words_are_mistakes(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
