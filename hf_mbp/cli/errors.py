@@ -97,6 +97,8 @@ def _failure(error: Exception, *, is_shown: bool) -> str:
     """Any process may be the one that fails, so that each speaks for itself."""
     where = "" if is_first_process() else f" in process {os.environ['RANK']}"
     text = textwrap.shorten(f"{type(error).__name__}: {error}", _MOST_CHARACTERS // 2, placeholder=" ...")
+    # Which process failed first, where this one only lost the connection to it.
+    text = " ".join((text, *getattr(error, "__notes__", ())))
     remedy = "" if is_shown else f"; the traceback is in {_keep_traceback()}, --debug_traceback shows it here"
     return f"the run failed{where}: {text}{remedy}"
 

@@ -120,6 +120,22 @@ def test_a_failure_is_one_line_and_its_traceback_is_kept(
     assert "in failure" in kept.read_text()
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
+def test_notes_of_a_failure_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In them stands which process began it."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def failure() -> None:
+        error = RuntimeError("connection closed")
+        error.add_note("hf_mbp: rank 1 ended.")
+        raise error
+
+    assert run_reporting_errors(failure, []) == 1
+    assert "RuntimeError: connection closed hf_mbp: rank 1 ended.; the traceback" in capsys.readouterr().err
+
+
 def test_a_traceback_that_is_shown_is_not_kept(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
