@@ -19,16 +19,18 @@ FEWEST_COMPARED = 4
 
 
 class StartCheck:
-    """The check of one trainer's run."""
+    """The check of one trainer's run; `outcome` says how it went, in words, once it has run."""
 
     def __init__(self, trainer: Any, ranks: Ranks) -> None:
         self._trainer = trainer
         self._ranks = ranks
         self._checked: set[Any] = set()
+        self.outcome: str | None = None
 
     def restart(self) -> None:
         """For a new run."""
         self._checked = set()
+        self.outcome = None
 
     def is_due(self, row: Any) -> bool:
         """Whether no rank has seen a row of this kind: each data set of sentence-transformers has a loss of its own."""
@@ -41,6 +43,10 @@ class StartCheck:
 
     def run(self, rows: list[Any], sizes: Ints, budget: Budget) -> str:
         """Runs it on short ones of `rows`, which have `sizes` `[rows, parts]`; says how it went."""
+        self.outcome = self._run(rows, sizes, budget)
+        return self.outcome
+
+    def _run(self, rows: list[Any], sizes: Ints, budget: Budget) -> str:
         if not self._trainer.mbp_config.check_at_start:
             return "Exactness was not checked (check_at_start=False)."
         if wrapped.is_sharded(self._trainer) and not wrapped.is_fsdp2(self._trainer):

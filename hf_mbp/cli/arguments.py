@@ -23,6 +23,10 @@ class RunArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "delete the earlier run (checkpoints, results) that output_dir holds"}
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "stop before the first step: load all but the weights, show the plan, write nothing"},
+    )
     debug_traceback: bool = field(
         default=False, metadata={"help": "show where an error came from, not only its message"}
     )

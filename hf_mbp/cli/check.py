@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from hf_mbp.cli.errors import (
     EXIT_CODE,
+    FAILED,
     UserError,
     keep_other_processes_quiet,
     run_reporting_errors,
@@ -21,21 +22,22 @@ from hf_mbp.cli.help import option_sections
 from hf_mbp.cli.recipe import Recipe, read_recipe
 from hf_mbp.equivalence import EquivalenceReport, check_equivalence
 
-NOT_EXACT = 1
+NOT_EXACT = FAILED
 
 _WIDTH = 100
 _FEWEST_ROWS = 2
 
 _INTRODUCTION = f"""\
-usage: check.py RECIPE.yaml [--num_rows 8] [--option value ...]
+usage: hf-mbp check RECIPE.yaml [--num_rows 8] [--option value ...]
 
 Check, without training, whether micro-batches give the gradient of the whole batch for a recipe's model, loss and data,
-and say why if they do not. The recipe is one that finetune.py runs; nothing is written into its output_dir.
+and say why if they do not. The recipe is one that hf-mbp train runs; nothing is written into its output_dir.
 
-  python scripts/check.py recipes/text_classification/spam.yaml
-  python scripts/check.py my.yaml --num_rows 16 --dtype bfloat16
+  hf-mbp check recipes/text_classification/spam.yaml
+  hf-mbp check my.yaml --num_rows 16 --dtype bfloat16
 
-The exit code is 0 if it is exact, {NOT_EXACT} if it is not, {EXIT_CODE} after a mistake in the recipe or the options.
+The exit code is 0 if it is exact, {NOT_EXACT} if it is not or the check failed, {EXIT_CODE} after a mistake of the
+user's: in the recipe, the options or the data.
 
 check
   --num_rows                rows to compare, whole and split: short ones, of unlike lengths and labels [8]"""
@@ -48,19 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("\n\n".join((_INTRODUCTION, *option_sections())))
         return 0
     keep_other_processes_quiet()
-    show_traceback = any(word.startswith(("--debug_traceback", "--debug-traceback")) for word in argv)
-    reports: list[EquivalenceReport] = []
-    mistake = run_reporting_errors(lambda: reports.append(_check(argv)), show_traceback=show_traceback)
-    if mistake:
-        return mistake
-    say(as_text(reports[0]))
-    return 0 if reports[0].is_exact else NOT_EXACT
+    return run_reporting_errors(lambda: _check(argv), argv)
 
 
-def _check(argv: Sequence[str]) -> EquivalenceReport:
+def _check(argv: Sequence[str]) -> int:
     num_rows, rest = _take_num_rows(argv)
     with tempfile.TemporaryDirectory() as folder:
-        return check(read_recipe([*rest, "--output_dir", folder]), num_rows)
+        report = check(read_recipe([*rest, "--output_dir", folder]), num_rows)
+    say(as_text(report))
+    return 0 if report.is_exact else NOT_EXACT
 
 
 def _take_num_rows(argv: Sequence[str]) -> tuple[int, list[str]]:

@@ -1,17 +1,23 @@
-"""A user's mistake, told in one line."""
+"""What went wrong, told in one line: a user's mistake, or a run that failed."""
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
+import textwrap
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import datasets
-import transformers
-
 EXIT_CODE = 2
+"""After a user's mistake."""
+
+FAILED = 1
+"""After a run that failed."""
+
+_MOST_CHARACTERS = 800
+"""Of a message in one line; some of torch's are pages."""
 
 Kinds = type[Exception] | tuple[type[Exception], ...]
 
@@ -46,6 +52,9 @@ def is_first_process() -> bool:
 def keep_other_processes_quiet() -> None:
     """Turn off progress bars and warnings of the libraries on all processes but the first."""
     if not is_first_process():
+        import datasets  # not above: the console command's help does without
+        import transformers
+
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
@@ -57,14 +66,44 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
-def run_reporting_errors(command: Callable[[], None], *, show_traceback: bool) -> int:
-    """Run a command; return its exit code, after printing ``error: ...`` in one line if the user made a mistake."""
+def tell_error(message: str) -> None:
+    """Print ``error: ...`` in one line."""
+    print("error: " + textwrap.shorten(message, _MOST_CHARACTERS, placeholder=" ..."), file=sys.stderr, flush=True)
+
+
+def run_reporting_errors(command: Callable[[], int | None], argv: Sequence[str]) -> int:
+    """Run a command; return its exit code, after telling in one line what went wrong, if something did.
+
+    Where it came from is shown if ``argv`` asks for it. What is not the user's mistake may be ours, and may have come
+    after hours: its traceback is kept in a file.
+    """
+    show_traceback = any(word.startswith(("--debug_traceback", "--debug-traceback")) for word in argv)
     try:
-        command()
+        return command() or 0
     except UserError as error:
         if show_traceback:
             traceback.print_exc()
         if is_first_process():
-            print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+            tell_error(str(error))
         return EXIT_CODE
-    return 0
+    except Exception as error:
+        if show_traceback:
+            traceback.print_exc()
+        tell_error(_failure(error, is_shown=show_traceback))
+        return FAILED
+
+
+def _failure(error: Exception, *, is_shown: bool) -> str:
+    """Any process may be the one that fails, so that each speaks for itself."""
+    where = "" if is_first_process() else f" in process {os.environ['RANK']}"
+    text = textwrap.shorten(f"{type(error).__name__}: {error}", _MOST_CHARACTERS // 2, placeholder=" ...")
+    # Which process failed first, where this one only lost the connection to it.
+    text = " ".join((text, *getattr(error, "__notes__", ())))
+    remedy = "" if is_shown else f"; the traceback is in {_keep_traceback()}, --debug_traceback shows it here"
+    return f"the run failed{where}: {text}{remedy}"
+
+
+def _keep_traceback() -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="hf-mbp-", suffix=".log", delete=False, encoding="utf-8") as file:
+        file.write(traceback.format_exc())
+    return file.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from hf_mbp.cli.card import write_card
 from hf_mbp.cli.data import load_splits
+from hf_mbp.cli.dry_run import rehearse
 from hf_mbp.cli.errors import UserError, keep_other_processes_quiet, run_reporting_errors, say, user_errors
 from hf_mbp.cli.help import short_help
 from hf_mbp.cli.models import load_config, load_tokenizer
@@ -30,14 +33,13 @@ _UNREPORTED = ("_per_second", "_preparation_time")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script; return its exit code (2 after a user's mistake, which is told in one line)."""
+    """Run the command; return its exit code (2 after a user's mistake, 1 after a failure, told in one line)."""
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help", "--help_all"} & set(argv):
         say(recipe_parser().format_help() if "--help_all" in argv else short_help())
         return 0
     keep_other_processes_quiet()
-    show_traceback = any(word.startswith(("--debug_traceback", "--debug-traceback")) for word in argv)
-    return run_reporting_errors(lambda: finetune(read_recipe(argv)), show_traceback=show_traceback)
+    return run_reporting_errors(lambda: finetune(read_recipe(argv)), argv)
 
 
 def finetune(recipe: Recipe) -> None:
@@ -49,16 +51,21 @@ def finetune(recipe: Recipe) -> None:
     folder = Path(str(recipe.train.output_dir))
     checkpoint = find_checkpoint(recipe.train.resume_from_checkpoint, folder)
     refuse_other_run(folder, overwrite=recipe.run.overwrite_output_dir, resuming=checkpoint is not None)
+    if recipe.run.dry_run:
+        rehearse(recipe, build_trainer)
+        return
     trainer = build_trainer(recipe)
     _claim_folder(recipe, folder, resuming=checkpoint is not None)
     before = _evaluate_before(trainer, recipe, folder, resuming=checkpoint is not None)
     trained = _train(trainer, checkpoint)
+    trainer.write_card = partial(write_card, trainer, recipe, metrics := {**before, **trained})
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", trained)
-    after = _evaluate(trainer, "eval")
+    metrics |= _evaluate(trainer, "eval")
     _draw(trainer, folder, before, trained)
-    _report({**before, **trained, **after}, folder)
+    _publish(trainer)
+    _report(metrics, folder)
     trainer.end()
 
 
@@ -136,6 +143,13 @@ def _draw(trainer: FinetuneTrainer, folder: Path, before: Metrics, trained: Metr
     elif trainer.is_world_process_zero():
         plot_loss(trainer.state.log_history, before, folder / "loss.png")
         plot_padding(trainer.state.log_history, PaddingTotals.from_metrics(trained), folder / "padding.png")
+
+
+def _publish(trainer: FinetuneTrainer) -> None:
+    """Write the model card, and upload it where the model went when it was saved."""
+    trainer.create_model_card()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(commit_message="Results, pictures and model card")
 
 
 def _report(metrics: Metrics, folder: Path) -> None:

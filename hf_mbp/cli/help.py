@@ -1,4 +1,4 @@
-"""The short help of the fine-tuning script."""
+"""The short help of the command that trains."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ _WIDTH = 110
 _NAME_WIDTH = 28
 
 _INTRODUCTION = """\
-usage: finetune.py [RECIPE.yaml] [--option value ...]
+usage: hf-mbp train [RECIPE.yaml] [--option value ...]
 
 Fine-tune a model with micro-batches that fit the device and waste almost nothing on padding. A recipe is a flat YAML
 file of the options below; what the command line says wins.
 
-  python scripts/finetune.py RECIPE.yaml                one process
-  accelerate launch scripts/finetune.py RECIPE.yaml     as many as accelerate is configured for"""
+  hf-mbp train RECIPE.yaml --dry_run                    all but training: reads, loads, shows the plan
+  hf-mbp train RECIPE.yaml                              one process
+  accelerate launch -m hf_mbp.cli train RECIPE.yaml     as many as accelerate is configured for
+
+The exit code is 0 if all went well, 1 if the run failed, 2 after a mistake in the recipe, the options or the data."""
 
 _END = """\
 training

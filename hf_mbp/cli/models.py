@@ -101,6 +101,16 @@ def length_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> 
     return max_length or (readable if readable < _NO_LIMIT else None)
 
 
+def described(model: PreTrainedModel) -> str:
+    """Return the model's class, size and dtype, in words."""
+    parameters = list(model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in parameters)
+    dtypes = " and ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters}))
+    part = "" if trained == total else f", of which {trained:,} are trained"
+    return f"{type(model).__name__}, {total:,} parameters in {dtypes}{part}"
+
+
 def _model_name(arguments: ModelArguments) -> str:
     if arguments.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: a model on the Hub, a folder, or package://NAME/FOLDER")

@@ -13,7 +13,10 @@ RECIPE = "recipe.yaml"
 BEFORE_RESULTS = "eval_before_results.json"
 # What a run writes beside model and tokenizer, which the next run replaces anyway.
 _RESULTS = (RECIPE, BEFORE_RESULTS, "train_results.json", "eval_results.json", "all_results.json", "trainer_state.json")
-_PLOTS = ("loss.png", "padding.png")
+PLOTS = ("loss.png", "padding.png")
+CARD = "README.md"
+CARD_MARK = "<!-- This card was written by hf-mbp train. -->"
+"""In a card of ours: another README.md is the user's, and is left alone."""
 
 
 def refuse_other_run(folder: Path, *, overwrite: bool, resuming: bool) -> None:
@@ -33,11 +36,18 @@ def refuse_other_run(folder: Path, *, overwrite: bool, resuming: bool) -> None:
 
 def delete_run(folder: Path) -> None:
     """Delete what an earlier run left in the folder; files that are not ours stay."""
-    for path in (*_traces(folder), *(folder / name for name in _PLOTS)):
+    card = [folder / CARD] if has_own_card(folder) else []
+    for path in (*_traces(folder), *(folder / name for name in PLOTS), *card):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def has_own_card(folder: Path) -> bool:
+    """Whether the folder's README.md is one that a run has written."""
+    file = folder / CARD
+    return file.is_file() and CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
 
 
 def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:

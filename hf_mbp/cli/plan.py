@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from hf_mbp import memory
-from hf_mbp.cli.arguments import ModelShape
+from hf_mbp.cli.arguments import ModelArguments, ModelShape
 from hf_mbp.cli.data import load_splits
 from hf_mbp.cli.errors import (
     EXIT_CODE,
@@ -40,13 +41,13 @@ MOST_STEPS = 500
 """Steps that are planned at most; with more, what is said of the run is said of these."""
 
 _INTRODUCTION = f"""\
-usage: plan.py RECIPE.yaml [--steps 3] [--output plan.png] [--device cuda] [--option value ...]
+usage: hf-mbp plan RECIPE.yaml [--steps 3] [--output plan.png] [--device cuda] [--option value ...]
 
 Show how a recipe would train, before it does: the lengths of its rows, the micro-batches of a few steps with what is
 wasted on padding, and the predicted memory. Needs neither the weights of the model nor the device.
 
-  python scripts/plan.py recipes/text_classification/spam.yaml
-  python scripts/plan.py my.yaml --device cuda --memory_limit 24GiB --bf16
+  hf-mbp plan recipes/text_classification/spam.yaml
+  hf-mbp plan my.yaml --device cuda --memory_limit 24GiB --bf16
 
 The exit code is {EXIT_CODE} after a mistake in the recipe or the options.
 
@@ -154,8 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("\n\n".join((_INTRODUCTION, *option_sections())))
         return 0
     keep_other_processes_quiet()
-    show_traceback = any(word.startswith(("--debug_traceback", "--debug-traceback")) for word in argv)
-    return run_reporting_errors(lambda: _plan(argv), show_traceback=show_traceback)
+    return run_reporting_errors(lambda: _plan(argv), argv)
 
 
 def _plan(argv: Sequence[str]) -> None:
@@ -199,7 +199,11 @@ def plan_run(recipe: Recipe, device: torch.device) -> RunPlan:
     Raises:
         UserError: data or model cannot be loaded, or the model does not fit the limit.
     """
-    model, lengths = _model_and_lengths(recipe)
+    return plan_rows_of(recipe, device, *model_and_lengths(recipe))
+
+
+def plan_rows_of(recipe: Recipe, device: torch.device, model: PreTrainedModel, lengths: Ints) -> RunPlan:
+    """`plan_run` for a model without weights and rows of lengths `[rows]` that are there already."""
     batch, accumulated = recipe.train.per_device_train_batch_size, recipe.train.gradient_accumulation_steps
     estimator = _Estimator(recipe=recipe, model=model, device=device)
     limit = _limit_bytes(recipe, device)
@@ -227,14 +231,25 @@ def plan_run(recipe: Recipe, device: torch.device) -> RunPlan:
     )
 
 
-def _model_and_lengths(recipe: Recipe) -> tuple[PreTrainedModel, Ints]:
+def model_and_lengths(recipe: Recipe) -> tuple[PreTrainedModel, Ints]:
+    """The recipe's model without weights, and the lengths of its training rows."""
     prepare_task = find_task(recipe.run.task)
-    shape = ModelShape(**{field.name: getattr(recipe.model, field.name) for field in fields(recipe.model)})
+    shape = without_weights(recipe.model)
     config = load_config(shape)
     tokenizer = load_tokenizer(shape, config)
     splits = load_splits(recipe.data, recipe.folder, recipe.train.seed)
     setup = prepare_task(splits, tokenizer, config, shape, recipe.data)
-    return setup.model, as_sizes(row_lengths(setup.train))[:, 0]
+    return setup.model, lengths_of(setup.train)
+
+
+def without_weights(model: ModelArguments) -> ModelShape:
+    """The arguments for the same model without its weights."""
+    return ModelShape(**{field.name: getattr(model, field.name) for field in fields(model)})
+
+
+def lengths_of(rows: Dataset) -> Ints:
+    """Tokens of each row."""
+    return as_sizes(row_lengths(rows))[:, 0]
 
 
 @dataclass(frozen=True, kw_only=True)

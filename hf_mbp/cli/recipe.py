@@ -53,7 +53,8 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
         UserError: an unknown key, a value of the wrong type, or a combination that makes no sense.
     """
     parser = recipe_parser()
-    file, from_command_line = _parse_command_line(parser, argv)
+    word, from_command_line = parse_options(parser, argv)
+    file = None if word is None else Path(word)
     from_file = {} if file is None else read_yaml(parser, file)
     given = {**from_file, **from_command_line}
     folder = Path.cwd() if file is None else file.parent
@@ -84,7 +85,7 @@ class _Parser(HfArgumentParser):
 
 def recipe_parser() -> argparse.ArgumentParser:
     """Return the parser of all options. Abbreviations are off: a new option could change what they mean."""
-    parser: argparse.ArgumentParser = _Parser(CLASSES, prog="finetune.py", allow_abbrev=False)
+    parser: argparse.ArgumentParser = _Parser(CLASSES, prog="hf-mbp train", allow_abbrev=False)
     parser.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="flat YAML file with any of the options below")
     return parser
 
@@ -101,15 +102,19 @@ def _members(hint: Any) -> tuple[type, ...]:
     return (get_origin(hint) or hint,)
 
 
-def _parse_command_line(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Path | None, Values]:
+def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[str | None, Values]:
+    """Return the word that is no option, if there is one, and the values of the options that are given.
+
+    Raises:
+        UserError: an option that is not known, or has a value of the wrong type.
+    """
     with user_errors("command line", UserError):
         given, unknown = _parse_given(parser, argv)
     if unknown:
         raise UserError(
             f"command line: {unknown[0]} is not an option{_close_matches(unknown[0].lstrip('-').split('=')[0])}"
         )
-    file = given.pop("recipe", None)
-    return (None if file is None else Path(file)), given
+    return given.pop("recipe", None), given
 
 
 def _parse_given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Values, list[str]]:
@@ -183,6 +188,6 @@ def dump_recipe(recipe: Recipe) -> str:
     for key in ("train_file", "validation_file"):
         if values[key] is not None:  # the file that was read, wherever the saved recipe is used
             values[key] = str(resolve_file(values[key], recipe.folder))
-    for key in ("overwrite_output_dir", "resume_from_checkpoint", "debug_traceback"):
+    for key in ("overwrite_output_dir", "resume_from_checkpoint", "debug_traceback", "dry_run"):
         values.pop(key, None)  # they are about one start of the script, not about the run
     return str(yaml.safe_dump({k: v for k, v in values.items() if v is not None}, sort_keys=False, allow_unicode=True))

@@ -1,7 +1,8 @@
-"""MBPTrainer, with an evaluation loss that is a mean over the whole evaluation set."""
+"""MBPTrainer, with an evaluation loss that is a mean over the whole evaluation set, and a model card of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers.trainer_utils import EvalLoopOutput
@@ -17,7 +18,12 @@ class FinetuneTrainer(MBPTrainer):
 
     The stock loop averages the batches' means, each with the same weight: the last, smaller batch and, for language
     models, the batches of short rows weigh too much, and the number changes with the batch size.
+
+    Attributes:
+        write_card: writes the model card, wherever Trainer would write its own: at the end, and before each upload.
     """
+
+    write_card: Callable[[], None] | None = None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Run the stock loop, then put the exact loss in the place of its own."""
@@ -26,3 +32,10 @@ class FinetuneTrainer(MBPTrainer):
         for key in [key for key in metrics if key.endswith(f"_{MEAN_LOSS}")]:
             metrics[key.removesuffix(MEAN_LOSS) + "loss"] = metrics.pop(key)
         return output
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card of this command, which says more than the stock one; until there is one, the stock one."""
+        if self.write_card is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            self.write_card()

@@ -101,7 +101,7 @@ def test_nothing_to_compare_is_a_mistake(
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("usage: check.py RECIPE.yaml")
+    assert text.startswith("usage: hf-mbp check RECIPE.yaml")
     assert all(f"--{name} " in text for name in ("num_rows", "model_name_or_path", "train_file", "dtype"))
     assert max(map(len, text.splitlines())) <= 120
 

@@ -158,13 +158,18 @@ def test_a_run_does_without_matplotlib(
     assert not list((tmp_path / "run").glob("*.png"))
 
 
-def test_mistakes_of_ours_are_not_hidden(recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_told_from_mistakes(
+    recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*_: object) -> None:
         raise ValueError("a defect")
 
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("hf_mbp.cli.finetune.set_seed", fail)
-    with pytest.raises(ValueError, match="a defect"):
-        main([str(recipe())])
+    assert main([str(recipe())]) == 1
+    assert "error: the run failed: ValueError: a defect; the traceback is in " in capsys.readouterr().err
+    (kept,) = tmp_path.glob("hf-mbp-*.log")
+    assert "in build_trainer" in kept.read_text()
 
 
 def test_help_names_every_option_of_ours(capsys: pytest.CaptureFixture[str]) -> None:

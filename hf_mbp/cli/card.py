@@ -1,0 +1,182 @@
+"""The model card of a run: what was trained, on what, how, with which result; its head is what the Hub reads.
+
+Trainer's own card knows none of micro-batches, of the result before training, of the recipe.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+
+from hf_mbp import __version__
+from hf_mbp.cli.errors import say
+from hf_mbp.cli.models import described
+from hf_mbp.cli.output import CARD, CARD_MARK, PLOTS, RECIPE, has_own_card
+from hf_mbp.cli.padding import PaddingTotals
+from hf_mbp.cli.recipe import Recipe
+from hf_mbp.cli.trainers import FinetuneTrainer
+
+Metrics = Mapping[str, Any]
+
+PIPELINE_TAGS: Mapping[str, str] = {
+    "image_classification": "image-classification",
+    "language_modeling": "text-generation",
+    "masked_language_modeling": "fill-mask",
+    "question_answering": "question-answering",
+    "summarization": "summarization",
+    "text_classification": "text-classification",
+    "token_classification": "token-classification",
+    "translation": "translation",
+}
+"""What the Hub calls a task; one that it has no name for is left out."""
+
+_VERSIONS = ("transformers", "torch", "accelerate", "datasets", "tokenizers")
+# Of an evaluation: what it took, and not how good the model is.
+_NO_RESULT = ("runtime", "per_second", "preparation_time")
+
+
+def write_card(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics) -> None:
+    """Write the card into the output folder, unless the user has a README.md there."""
+    folder = Path(str(recipe.train.output_dir))
+    if (folder / CARD).exists() and not (has_own_card(folder) or _is_of_peft(folder / CARD)):
+        say(f"{folder / CARD} is not of a run, so no model card is written over it")
+        return
+    head = card_data(recipe, metrics, is_adapter=hasattr(trainer.model, "peft_config")).to_yaml()
+    (folder / CARD).write_text(f"---\n{head}\n---\n\n{_body(trainer, recipe, metrics, folder)}", encoding="utf-8")
+
+
+def _is_of_peft(file: Path) -> bool:
+    """Which writes a form to be filled in, whenever it saves."""
+    return bool(ModelCard.load(file, ignore_metadata_errors=True).data.get("library_name") == "peft")
+
+
+def card_data(recipe: Recipe, metrics: Metrics, *, is_adapter: bool) -> ModelCardData:
+    """Return what the Hub reads. Names of folders and files of the user are none of its business."""
+    base, data = recipe.model.model_name_or_path, recipe.data.dataset_name
+    is_on_hub = base is not None and _is_on_hub(base)
+    return ModelCardData(
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag=PIPELINE_TAGS.get(recipe.run.task),
+        base_model=base if is_on_hub else None,
+        datasets=[data] if data is not None and _is_on_hub(data) else None,
+        license=_license(base, recipe.model.model_revision) if base is not None else None,
+        metrics=[name for name in _results(metrics) if name != "loss"] or None,
+        tags=["hf_mbp", "generated_from_trainer", recipe.run.task.replace("_", "-")],
+    )
+
+
+def _is_on_hub(name: str) -> bool:
+    return "://" not in name and not Path(name).exists() and name.count("/") <= 1
+
+
+def _license(base: str, revision: str) -> str | None:
+    """What the card of the base model says, where that is at hand; nothing is looked up in the network for it."""
+    cached = try_to_load_from_cache(base, CARD, revision=revision) if _is_on_hub(base) else None
+    file = Path(cached) if isinstance(cached, str) else Path(base) / CARD
+    if not file.is_file():
+        return None
+    stated: str | None = ModelCard.load(file, ignore_metadata_errors=True).data.get("license")
+    return stated
+
+
+def _results(metrics: Metrics, prefix: str = "eval_") -> dict[str, float]:
+    """The results of an evaluation by their names; `eval_before_` is another one than `eval_`."""
+    named = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+    return {
+        name: value
+        for name, value in named.items()
+        if isinstance(value, (int, float)) and not name.startswith("before_") and not name.endswith(_NO_RESULT)
+    }
+
+
+def _body(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics, folder: Path) -> str:
+    parts = [
+        CARD_MARK,
+        f"# {folder.resolve().name}",
+        f"{_short_name(recipe.model.model_name_or_path)}, trained for {_in_words(recipe.run.task)} on "
+        f"{_data(recipe)} with hf_mbp: each mini-batch runs in micro-batches that fit the device, with the gradient of "
+        "the whole.",
+        *_result_section(metrics),
+        "## Training",
+        _table(("", ""), _training(trainer, recipe, metrics).items()),
+        *(f"![{name.removesuffix('.png')}]({name})" for name in PLOTS if (folder / name).is_file()),
+        *_repeat_section(folder),
+        "## Versions",
+        ", ".join([f"Python {platform.python_version()}", f"hf_mbp {__version__}", *_versions()]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _result_section(metrics: Metrics) -> list[str]:
+    before, after = _results(metrics, "eval_before_"), _results(metrics)
+    if not after:
+        return []
+    rows = [(name, f"{before[name]:.4g}" if name in before else "", f"{value:.4g}") for name, value in after.items()]
+    return ["## Results", _table(("on the evaluation data", "before", "after"), rows)]
+
+
+def _repeat_section(folder: Path) -> list[str]:
+    """Written during training, too, into the folder of a checkpoint, which has no recipe."""
+    if not (folder / RECIPE).is_file():
+        return []
+    return ["## Again", f"[{RECIPE}]({RECIPE}) has every option:", f"```bash\nhf-mbp train {RECIPE}\n```"]
+
+
+def _training(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics) -> dict[str, str]:
+    """The names and values of what matters, those that are known."""
+    args, totals = trainer.args, PaddingTotals.from_metrics(metrics)
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    devices = f"{args.world_size} x {args.device.type}"
+    known: dict[str, str | None] = {
+        "base model": _short_name(recipe.model.model_name_or_path),
+        "model": described(trainer.model),
+        "data": f"{_data(recipe)}, {len(trainer.train_dataset):,} rows",
+        "mini-batch": f"{rows:,} rows, on {devices}",
+        "optimizer steps": f"{trainer.state.global_step:,} ({trainer.state.epoch or 0:.3g} epochs)",
+        "optimizer": f"{getattr(args.optim, 'value', args.optim)}, learning rate {args.learning_rate:g}, "
+        f"{getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)} schedule",
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else None,
+        "seed": str(args.seed),
+        "micro-batches": f"{metrics['mbp_micro_batches']:.3g} a step on average" if totals else None,
+        "budget": _budget(trainer),
+        "padding": str(totals) if totals else None,
+        "exactness": trainer.mbp_feed.check.outcome,
+        "time": f"{metrics['train_runtime']:,.0f} s" if "train_runtime" in metrics else None,
+    }
+    return {name: value for name, value in known.items() if value}
+
+
+def _budget(trainer: FinetuneTrainer) -> str | None:
+    tokens = [int(log["mbp_max_tokens"]) for log in trainer.state.log_history if "mbp_max_tokens" in log]
+    return trainer.mbp_feed.budget.describe(tokens[-1]).replace(" each", " a micro-batch") if tokens else None
+
+
+def _data(recipe: Recipe) -> str:
+    """The data set on the Hub, or the name of the file without its folder: cards are made to be shared."""
+    data = recipe.data
+    named = data.dataset_name or Path(str(data.train_file)).name
+    return f"{named} ({data.dataset_config_name})" if data.dataset_config_name else named
+
+
+def _short_name(model: str | None) -> str:
+    """A name on the Hub as it is, of a folder its last part."""
+    name = str(model)
+    return name if "://" in name or _is_on_hub(name) else Path(name).resolve().name
+
+
+def _in_words(task: str) -> str:
+    return task.replace("_", " ")
+
+
+def _versions() -> Iterable[str]:
+    return (f"{package} {version(package)}" for package in _VERSIONS)
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,221 @@
+"""Predict the memory that training takes, and the budget that fits a device, from a model's configuration alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_mbp.cli.arguments import ModelShape, TrainArguments
+from hf_mbp.cli.errors import UserError, keep_other_processes_quiet, run_reporting_errors, say, user_errors
+from hf_mbp.cli.models import described, load_config, load_model
+from hf_mbp.cli.plan import model_and_lengths
+from hf_mbp.cli.recipe import Values, parse_options, read_recipe, recipe_parser
+from hf_mbp.estimate import MemoryEstimate, estimate_max_tokens, estimate_memory
+from hf_mbp.memory import parse_memory_limit
+
+USUAL_WIDTH = 512
+"""Tokens that are assumed where nothing says how long the rows are."""
+
+_SUFFIXES = (".yaml", ".yml")
+
+HEADS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "causal_lm": ("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")),
+    "masked_lm": ("AutoModelForMaskedLM", ("ForMaskedLM", "ForPreTraining")),
+    "seq2seq_lm": ("AutoModelForSeq2SeqLM", ("ForConditionalGeneration",)),
+    "sequence_classification": ("AutoModelForSequenceClassification", ("ForSequenceClassification",)),
+    "token_classification": ("AutoModelForTokenClassification", ("ForTokenClassification",)),
+    "question_answering": ("AutoModelForQuestionAnswering", ("ForQuestionAnswering",)),
+    "multiple_choice": ("AutoModelForMultipleChoice", ("ForMultipleChoice",)),
+    "image_classification": ("AutoModelForImageClassification", ("ForImageClassification",)),
+}
+"""What can be trained, by the class that makes it and the ends of the names under which checkpoints have it."""
+
+_INDENT = " " * 28
+_LISTED_HEADS = f"\n{textwrap.fill(', '.join(HEADS), 110, initial_indent=_INDENT, subsequent_indent=_INDENT)}"
+
+_INTRODUCTION = f"""\
+usage: hf-mbp estimate MODEL|RECIPE.yaml [--rows 8] [--width 512] [--device_memory 24GiB] [--option value ...]
+
+Predict the memory of a training step, part by part, and the largest budget that fits a device. Counted on tensors that
+have shapes and no memory: needs neither weights nor device. MODEL is a name on the Hub or a folder, of which only the
+configuration is read (a folder with a config.json does without network); of a recipe, model, data and options are.
+
+  hf-mbp estimate path/to/config --head causal_lm --width 2048 --bf16
+  hf-mbp estimate recipes/text_classification/spam.yaml --device_memory 8GiB,24GiB,80GiB
+
+estimate
+  --rows                    rows of a micro-batch [8]
+  --width                   tokens that they are padded to [longest row of the recipe; {USUAL_WIDTH} for a model]
+  --target_width            sequence to sequence: tokens of the labels [width]
+  --device                  whose kernels are counted, cuda or cpu; it need not be there [cuda]
+  --device_memory           memory of the device, or several, with commas between them [24GiB]
+  --fsdp_ranks              devices that FSDP shards over [1]
+  --head                    of a model, that of the checkpoint if it is left out:{_LISTED_HEADS}
+
+of the model and of training
+  --dtype --attn_implementation --model_revision --gguf_file --trust_remote_code
+  --optim --bf16 --fp16 --gradient_checkpointing
+                            as in hf-mbp train; with a recipe, all of its options"""
+
+_OF_TRAINING = ("bf16", "fp16", "gradient_checkpointing", "optim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is this command's own."""
+
+    rows: int
+    width: int | None
+    target_width: int | None
+    device: str
+    device_memory: tuple[str, ...]
+    fsdp_ranks: int
+    head: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model without weights, and how it is trained: `options` are those of `estimate_memory`."""
+
+    model: PreTrainedModel
+    width: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        say(_INTRODUCTION)
+        return 0
+    keep_other_processes_quiet()
+    return run_reporting_errors(lambda: _estimate(argv), argv)
+
+
+def _estimate(argv: Sequence[str]) -> None:
+    options, rest = _take_options(argv)
+    source, given = parse_options(recipe_parser(), rest)
+    if source is None:
+        raise UserError("command line: name a model or a recipe: hf-mbp estimate MODEL|RECIPE.yaml")
+    subject = _of_recipe(rest, options) if source.endswith(_SUFFIXES) else _of_model(source, given, options)
+    width = options.width or subject.width
+    subject.options.update(device=options.device, fsdp_ranks=options.fsdp_ranks, target_width=options.target_width)
+    with user_errors("the memory cannot be predicted", (ValueError, ImportError)):
+        estimate = estimate_memory(subject.model, options.rows, width, **subject.options)
+    say(as_text(subject, options.rows, width, estimate))
+    for device_memory in options.device_memory:
+        say(_fitting(subject, width, device_memory))
+
+
+def _take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
+    """The options that are this command's own, and the others."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    for name, default in (("rows", "8"), ("width", None), ("target_width", None), ("fsdp_ranks", "1")):
+        parser.add_argument(f"--{name}", f"--{name}".replace("_", "-"), default=default)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device_memory", "--device-memory", default="24GiB")
+    parser.add_argument("--head")
+    with user_errors("command line", argparse.ArgumentError):
+        known, rest = parser.parse_known_args(list(argv))
+    numbers = {name: _number(name, getattr(known, name)) for name in ("rows", "width", "target_width", "fsdp_ranks")}
+    if known.device not in ("cpu", "cuda"):
+        raise UserError(f"command line: --device is {known.device!r}; write cpu or cuda")
+    if known.head is not None and known.head not in HEADS:
+        raise UserError(f"command line: --head is {known.head!r}; write one of {', '.join(HEADS)}")
+    sizes = tuple(_size(size) for size in known.device_memory.split(","))
+    return Options(**{**vars(known), **numbers, "device_memory": sizes}), rest
+
+
+def _number(name: str, word: str | None) -> int | None:
+    if word is not None and not (word.isdecimal() and int(word) > 0):
+        raise UserError(f"command line: --{name} is {word!r}; write a whole number from 1")
+    return None if word is None else int(word)
+
+
+def _size(word: str) -> str:
+    try:
+        is_size = isinstance(parse_memory_limit(word), int)
+    except ValueError:
+        is_size = False
+    if not is_size:
+        raise UserError(f"command line: --device_memory has {word!r}; write sizes such as 24GiB, or 24GiB,80GiB")
+    return word
+
+
+def _of_recipe(argv: Sequence[str], options: Options) -> Subject:
+    if options.head is not None:
+        raise UserError("command line: --head goes with a model; a recipe's task says which head it is")
+    recipe = read_recipe(argv)
+    model, lengths = model_and_lengths(recipe)
+    given = {name: getattr(recipe.train, name) for name in _OF_TRAINING}
+    return Subject(model=model, width=int(lengths.max()), options=_training(given, recipe.model.attn_implementation))
+
+
+def _of_model(name: str, given: Values, options: Options) -> Subject:
+    shape = {f.name for f in fields(ModelShape)} - {"model_name_or_path"}
+    for option in given:
+        if option not in shape | {*_OF_TRAINING, "debug_traceback"}:
+            raise UserError(f"command line: --{option} is an option of recipes; with a model, leave it out")
+    arguments = ModelShape(model_name_or_path=name, **{key: given[key] for key in given if key in shape})
+    config = load_config(arguments)
+    head = options.head or _head_of(config, name)
+    model = load_model(getattr(transformers, HEADS[head][0]), arguments)
+    defaults = {option: getattr(TrainArguments, option) for option in _OF_TRAINING}
+    return Subject(
+        model=model,
+        width=min(USUAL_WIDTH, getattr(config, "max_position_embeddings", None) or USUAL_WIDTH),
+        options=_training({**defaults, **given}, arguments.attn_implementation),
+    )
+
+
+def _head_of(config: PreTrainedConfig, name: str) -> str:
+    """The head that the checkpoint has."""
+    (architecture, *_) = getattr(config, "architectures", None) or ("no class",)
+    for head, (_, ends) in HEADS.items():
+        if architecture.endswith(ends):
+            return head
+    raise UserError(
+        f"model {name} is saved as {architecture}, which has no head to train; write --head with one of "
+        f"{', '.join(HEADS)}"
+    )
+
+
+def _training(given: Mapping[str, Any], attn_implementation: str | None) -> dict[str, Any]:
+    """How it is trained, as `estimate_memory` takes it."""
+    optim = given["optim"]
+    return {
+        "optimizer": str(getattr(optim, "value", optim)),
+        "bf16": bool(given["bf16"]),
+        "fp16": bool(given["fp16"]),
+        "gradient_checkpointing": bool(given["gradient_checkpointing"]),
+        "attn_implementation": attn_implementation,
+    }
+
+
+def as_text(subject: Subject, rows: int, width: int, estimate: MemoryEstimate) -> str:
+    """Return what was estimated, and the table of its parts."""
+    options = subject.options
+    precision = "bf16 autocast" if options["bf16"] else "fp16 autocast" if options["fp16"] else "no autocast"
+    how = [precision, options["optimizer"], options["device"]]
+    how += ["activation checkpointing"] if options["gradient_checkpointing"] else []
+    return f"{described(subject.model)}\n{rows:,} rows x {width:,} tokens, {', '.join(how)}\n\n{estimate}\n"
+
+
+def _fitting(subject: Subject, width: int, device_memory: str) -> str:
+    """The largest budget of a device, or that there is none."""
+    try:
+        tokens = estimate_max_tokens(subject.model, width, device_memory, **subject.options)
+    except ValueError as error:
+        reason = str(error).splitlines()[0].removeprefix(f"memory_limit={device_memory!r}: ")
+        return f"{device_memory}: too small; {reason}"
+    return (
+        f"{device_memory}: at most {tokens:,} tokens a micro-batch, {tokens // width:,} rows of {width:,} "
+        f"(max_tokens_per_micro_batch: {tokens})"
+    )
