@@ -1,22 +1,28 @@
-"""MBPTrainer, with an evaluation loss that is a mean over the whole evaluation set."""
+"""The trainers of the tasks, with an evaluation loss that is a mean over the whole evaluation set."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_mbp.trainer import MBPTrainer
+from hf_mbp.trainer import MBPSeq2SeqTrainer, MBPTrainer
+
+if TYPE_CHECKING:
+    _Base = Any
+else:
+    _Base = object
 
 # Key under which compute_metrics returns the loss that is to be reported.
 MEAN_LOSS = "mean_loss"
 
 
-class FinetuneTrainer(MBPTrainer):
-    """Reports the evaluation loss that ``compute_metrics`` returns as ``mean_loss``.
+class MeanLoss(_Base):
+    """Reports the evaluation loss that ``compute_metrics`` returns as ``mean_loss``; put it before a trainer's class.
 
     The stock loop averages the batches' means, each with the same weight: the last, smaller batch and, for language
-    models, the batches of short rows weigh too much, and the number changes with the batch size.
+    models, the batches of short rows weigh too much, and the number changes with the batch size. Where none is
+    returned, as for texts that were generated, the stock loss stays.
     """
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -26,3 +32,11 @@ class FinetuneTrainer(MBPTrainer):
         for key in [key for key in metrics if key.endswith(f"_{MEAN_LOSS}")]:
             metrics[key.removesuffix(MEAN_LOSS) + "loss"] = metrics.pop(key)
         return output
+
+
+class FinetuneTrainer(MeanLoss, MBPTrainer):
+    """`MBPTrainer`, for all tasks that need no other trainer."""
+
+
+class FinetuneSeq2SeqTrainer(MeanLoss, MBPSeq2SeqTrainer):
+    """`MBPSeq2SeqTrainer`, which can generate texts in evaluation."""
