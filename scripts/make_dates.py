@@ -120,18 +120,24 @@ def make_rows(days: list[date], num_rows: int, generator: random.Random) -> list
     return list(rows.values())
 
 
+def make_splits() -> dict[str, list[Row]]:
+    """The rows of both files."""
+    generator = random.Random(SEED)  # noqa: S311 - reproducible, not secret
+    days = [FIRST_DAY + timedelta(days=i) for i in range((LAST_DAY - FIRST_DAY).days + 1)]
+    generator.shuffle(days)
+    num_test = round(TEST_DAYS * len(days))
+    train = make_rows(days[num_test:], TRAIN_ROWS, generator)
+    return {"train": train, "test": make_rows(days[:num_test], TEST_ROWS, generator)}
+
+
 def main() -> None:
     """Read the command line, write the two files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="where the .jsonl.xz files go")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    generator = random.Random(SEED)  # noqa: S311 - reproducible, not secret
-    days = [FIRST_DAY + timedelta(days=i) for i in range((LAST_DAY - FIRST_DAY).days + 1)]
-    generator.shuffle(days)
-    num_test = round(TEST_DAYS * len(days))
-    write_rows(args.output_dir / "dates-train.jsonl.xz", make_rows(days[num_test:], TRAIN_ROWS, generator))
-    write_rows(args.output_dir / "dates-test.jsonl.xz", make_rows(days[:num_test], TEST_ROWS, generator))
+    for name, rows in make_splits().items():
+        write_rows(args.output_dir / f"dates-{name}.jsonl.xz", rows)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,11 @@ class ModelArguments:
         if self.model_name_or_path is not None and self.config_name is not None:
             raise ValueError("write either model_name_or_path (its weights) or config_name (random weights), not both")
 
+    @property
+    def starts_new_head(self) -> bool:
+        """Whether the weights of the head are random: by themselves, or with all others."""
+        return self.new_head or self.config_name is not None
+
 
 class ModelShape(ModelArguments):
     """The same model without weights: its parameters have shapes, and take no memory."""

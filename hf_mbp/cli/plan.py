@@ -249,7 +249,7 @@ def row_sizes(setup: TaskSetup) -> Ints:
     if "input_ids" not in setup.train.column_names:
         return np.ones((len(setup.train), 1), dtype=np.int64)
     lengths = row_lengths(setup.train)
-    if not has_targets(setup.model):
+    if not (has_targets(setup.model) and isinstance(setup.train[0]["labels"], list)):
         return as_sizes(lengths)
     return as_sizes(list(zip(lengths, row_lengths(setup.train, "labels"), strict=True)))
 

@@ -80,6 +80,17 @@ def test_rows_are_pixel_values_and_ids(image_model: Path, capsys: pytest.Capture
     torch.testing.assert_close(batch["pixel_values"], pixels / 255 * 2 - 1, rtol=0, atol=1e-5)
 
 
+def test_a_new_model_has_the_classes_of_the_data(image_model: Path, tmp_path: Path) -> None:
+    """Not those of the trained model whose configuration it is made from."""
+    trained = prepare(pictures(4), config_name=str(image_model))
+    trained.model.save_pretrained(tmp_path)
+    AutoImageProcessor.from_pretrained(image_model).save_pretrained(tmp_path)
+    other = pictures(4).cast_column("kind", ClassLabel(names=["low", "high"]))
+    assert prepare(other, config_name=str(tmp_path)).model.config.id2label == {0: "low", 1: "high"}
+    with pytest.raises(UserError, match=r"labels that the model .* does not have: 'high', 'low'"):
+        prepare(other, model_name_or_path=str(tmp_path))
+
+
 def test_the_trainer_does_not_drop_the_images(image_model: Path, tmp_path: Path) -> None:
     """Stock removes columns by name, before they are transformed."""
     setup = prepare(pictures(6), config_name=str(image_model))

@@ -30,7 +30,9 @@ def prepare(
     ``processor`` is the image processor of the model.
     """
     require_columns(splits, {"image_column": data_arguments.image_column, "label_column": data_arguments.label_column})
-    labels = find_labels(splits, data_arguments.label_column, config, head=_HEAD, new_head=model_arguments.new_head)
+    labels = find_labels(
+        splits, data_arguments.label_column, config, head=_HEAD, new_head=model_arguments.starts_new_head
+    )
 
     def encode(rows: Dataset, name: str, origin: str) -> Dataset:
         column = data_arguments.image_column

@@ -38,7 +38,9 @@ def prepare(
             "label_column": data_arguments.label_column,
         },
     )
-    labels = find_labels(splits, data_arguments.label_column, config, head=_HEAD, new_head=model_arguments.new_head)
+    labels = find_labels(
+        splits, data_arguments.label_column, config, head=_HEAD, new_head=model_arguments.starts_new_head
+    )
     train = _encode(splits.train, "train", labels, splits.train_origin, tokenizer, data_arguments)
     validation = None
     if splits.validation is not None:
