@@ -6,10 +6,12 @@ from hf_mbp.estimate import MemoryEstimate, estimate_max_tokens, estimate_memory
 from hf_mbp.loop import MiniBatchReport, run_mini_batch
 from hf_mbp.plan import plan_micro_batches
 from hf_mbp.trainer import MBPMixin, MBPSeq2SeqTrainer, MBPTrainer
+from hf_mbp.two_passes import EmbedsRows
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EmbedsRows",
     "EquivalenceReport",
     "InexactError",
     "MBPConfig",

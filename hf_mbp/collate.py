@@ -102,7 +102,8 @@ def _replaced(row: Any, values: Mapping[str, Any]) -> Any:
 def row_length(row: Any, tokenizer: Any = None) -> int:
     """Tokens of a row, as its collator will lay them out; 1 where there are none.
 
-    The length of `input_ids`, over all choices where it has several; both sides of a pair (`chosen_ids` and
+    The length of `input_ids`, over all choices where it has several, or of all columns whose names end so
+    (`query_input_ids`, `passage_input_ids`); both sides of a pair (`chosen_ids` and
     `rejected_ids`, after `prompt_ids`, as TRL has them), which are padded to the longer one; the frames of a sound
     (`input_features`, `[mels, frames]`, or `input_values`); else what `tokenizer` makes of its texts, for collators
     that tokenise.
@@ -123,6 +124,9 @@ def _tokens_of(row: Mapping[str, Any]) -> int | None:
         return 2 * (longer + (0 if prompt is None else _length(prompt)))
     if row.get("input_features") is not None:
         return num_frames(row["input_features"])
+    columns = [key for key in row if key.endswith("_input_ids") and key != "decoder_input_ids"]
+    if columns:
+        return sum(_length(row[key]) for key in columns)
     return None if row.get("input_values") is None else _length(row["input_values"])
 
 

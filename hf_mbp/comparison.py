@@ -1,6 +1,7 @@
 """Runs the same rows as one batch and in parts, and compares what comes out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -18,6 +19,7 @@ from hf_mbp.padding import trim
 from hf_mbp.precollated import CollatedRow
 from hf_mbp.probe import loss_of, modules_of
 from hf_mbp.training_mode import batch_norms_of
+from hf_mbp.two_passes import Part
 from hf_mbp.undisturbed import StandIns, reseed
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
@@ -91,7 +93,8 @@ class Comparison:
         self.whole = self._collated_whole()
         self.is_dense = has_entry_for_each_row(self.whole, len(self.rows))
         self.is_random_collator = self.is_dense and not _same(self.whole, self._collated_whole())
-        self.parts = self.collate(_uneven_groups(len(self.rows), self.smallest))
+        parts = self.collate(_uneven_groups(len(self.rows), self.smallest))
+        self.parts = [trainer.mbp_rows.arranged(part) for part in parts]
 
     # Rows and inputs
 
@@ -173,13 +176,25 @@ class Comparison:
             parameter.grad = None
         counts = [self.items(part) for part in parts]
         total = 0.0
+        second = self._first_pass(parts, counts)
         for part, count in zip(parts, counts, strict=True):
             if count > 0 or self.together:
-                part = part if count > 0 else with_an_item(part)
-                loss = loss_of(self.trainer, part, count or 1, weight=count / sum(counts))
+                with second(part):
+                    inputs = part if count > 0 else with_an_item(part)
+                    loss = loss_of(self.trainer, inputs, count or 1, weight=count / sum(counts))
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
         return total, [torch.zeros_like(p) if p.grad is None else p.grad for _, p in self.parameters]
+
+    def _first_pass(self, parts: list[Inputs], counts: list[float]) -> Callable[[Inputs], AbstractContextManager[None]]:
+        """Where the loss compares all rows, that of the parts; and in what the second of each is to run."""
+        two_passes = self.trainer.mbp_two_passes
+        if two_passes is None or len(parts) == 1:
+            return lambda part: nullcontext()  # noqa: ARG005
+        shares = [count / sum(counts) for count in counts]
+        together = [Part(key=part, inputs=part, share=share) for part, share in zip(parts, shares, strict=True)]
+        two_passes.first(self.trainer.model, together)
+        return two_passes.second  # type: ignore[no-any-return]
 
     def measure(self) -> Difference:
         """Compares the gradient of the whole with that of the parts; the same runs, whatever they give.

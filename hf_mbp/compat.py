@@ -230,6 +230,18 @@ def items_argument(trainer: Any, num_items: float) -> torch.Tensor | None:
     return torch.full((), num_items or 1, device=trainer.args.device)  # a copy would wait for the device
 
 
+def to_training_mode(trainer: Any, model: torch.nn.Module) -> None:
+    """As `Trainer.training_step` begins: schedule-free optimizers have other weights for evaluation."""
+    model.train()
+    if callable(getattr(trainer.optimizer, "train", None)):
+        trainer.optimizer.train()
+
+
+def loss_scale(accelerator: Any) -> float:
+    """What the scaler of fp16 multiplies losses by before they are back-propagated."""
+    return float(accelerator.scaler.get_scale()) if getattr(accelerator, "scaler", None) is not None else 1.0
+
+
 def operations_of(model: Any, count: Callable[[dict[str, Any]], int], micro_batches: list[dict[str, Any]]) -> int:
     """Floating-point operations of micro-batches, where `count` is the `floating_point_ops` of a trainer.
 

@@ -72,6 +72,14 @@ memory_limit="20GiB", or memory_limit=0.8 for 80 % of the memory.
         },
     )
 
+    padding_free: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Lay the rows of a micro-batch end to end instead of padding them. Default: under flash attention, "
+            "where that was checked to be exact. True: under any attention, or refuse to train. False: never."
+        },
+    )
+
     calibrate: bool = field(
         default=False,
         metadata={
@@ -98,6 +106,8 @@ memory_limit="20GiB", or memory_limit=0.8 for 80 % of the memory.
         for name in ("accumulate_in_fp32", "balance_ranks", "calibrate"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}={value!r} is neither True nor False. Write one.")
+        if self.padding_free is not None and not isinstance(self.padding_free, bool):
+            raise ValueError(f"padding_free={self.padding_free!r} is none of True, False and None. Write one.")
         if self.on_inexact not in ON_INEXACT:
             raise ValueError(f"on_inexact={self.on_inexact!r} is unknown. Write one of {', '.join(ON_INEXACT)}.")
         if self.collate_in not in COLLATE_IN:

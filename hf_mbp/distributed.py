@@ -27,6 +27,17 @@ class Ranks:
         gathered = self._accelerator.gather(torch.tensor([numbers], device=self.device, dtype=dtype))
         return [[float(number) for number in row] for row in gathered.tolist()]
 
+    def gather_rows(self, own: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """The rows of all ranks, `[rows, ...]`, in the order of ranks; `counts` says how many each has.
+
+        Those of other ranks have no gradient.
+        """
+        padded = own.detach().new_zeros((max(counts), *own.shape[1:]))
+        padded[: len(own)] = own.detach()
+        parts = self._accelerator.gather(padded.contiguous()).split(max(counts))
+        kept = [part[:count] for part, count in zip(parts, counts, strict=True)]
+        return torch.cat([own if rank == self.index else part for rank, part in enumerate(kept)])
+
     def highest(self, number: int) -> int:
         """The largest of the ranks' numbers."""
         return int(max(row[0] for row in self.gather(number)))

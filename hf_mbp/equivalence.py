@@ -111,33 +111,49 @@ def check_equivalence(trainer: Any, num_rows: int = 8) -> EquivalenceReport:
     return compare(trainer, rows, num_rows)
 
 
-def compare(trainer: Any, rows: list[Any], num_rows: int, *, together: Ranks | None = None) -> EquivalenceReport:
-    """`check_equivalence` on the shortest `num_rows` of the given rows; `together` if the ranks share one model."""
+def compare(
+    trainer: Any, rows: list[Any], num_rows: int, *, together: Ranks | None = None, explains: bool = True
+) -> EquivalenceReport:
+    """`check_equivalence` on the shortest `num_rows` of the given rows.
+
+    Args:
+        trainer: whose rows they are.
+        rows: to choose from.
+        num_rows: how many to compare.
+        together: the ranks, if they share one model.
+        explains: whether to find out why, if splitting is not exact.
+    """
     with untouched(trainer):
-        run = partial(_report, trainer, rows, num_rows, together)
+        run = partial(_report, trainer, rows, num_rows, together, explains)
         return full_precision.on_the_side(trainer.accelerator, modules_of(trainer), run)
 
 
 def _report(
-    trainer: Any, rows: list[Any], num_rows: int, together: Ranks | None, stand_ins: StandIns, why_half: str | None
+    trainer: Any,
+    rows: list[Any],
+    num_rows: int,
+    together: Ranks | None,
+    explains: bool,
+    stand_ins: StandIns,
+    why_half: str | None,
 ) -> EquivalenceReport:
     """In training mode, and again in evaluation mode if that draws random numbers which matter."""
     model, others = trainer.model, modules_of(trainer)
     with training_mode_without_dropout(model, others):
         stand_ins.remember()
         comparison = Comparison(trainer, rows, num_rows, stand_ins=stand_ins, why_half=why_half, together=together)
-        report = _outcome(comparison, is_training_mode=True)
+        report = _outcome(comparison, explains, is_training_mode=True)
         if report is not None:
             return report
         stand_ins.reset()
     with evaluation_mode(model):
         stand_ins.remember()
-        report = _outcome(comparison, is_training_mode=False)
+        report = _outcome(comparison, explains, is_training_mode=False)
     assert report is not None, "in evaluation mode there is an outcome"  # noqa: S101
     return report
 
 
-def _outcome(comparison: Comparison, *, is_training_mode: bool) -> EquivalenceReport | None:
+def _outcome(comparison: Comparison, explains: bool, *, is_training_mode: bool) -> EquivalenceReport | None:
     """What a comparison shows; `None` if random parts of training mode keep it from showing anything."""
     difference = comparison.measure()
     is_exact = comparison.passes(difference)
@@ -146,7 +162,7 @@ def _outcome(comparison: Comparison, *, is_training_mode: bool) -> EquivalenceRe
     return EquivalenceReport(
         max_relative_error=difference.error,
         tolerance=comparison.tolerance,
-        findings=() if is_exact else _findings(comparison, difference),
+        findings=() if is_exact or not explains else _findings(comparison, difference),
         num_rows=len(comparison.rows),
         num_micro_batches=len(comparison.parts),
         whole_loss=comparison.whole_loss,

@@ -88,7 +88,8 @@ class Evaluation:
 
     def step(self, run: Run, inputs: Any, *, prediction_loss_only: bool) -> Result:
         """Loss, logits and labels of a batch, as `run`, the next class's `prediction_step`, would return them."""
-        if not isinstance(inputs, Mapping) or other_trainers.is_sentence_transformers(self._trainer):
+        compares_rows = self._trainer.mbp_two_passes or other_trainers.is_sentence_transformers(self._trainer)
+        if compares_rows or not isinstance(inputs, Mapping):
             return self._whole(run, inputs)
         batch = EvalBatch(
             inputs=dict(inputs),

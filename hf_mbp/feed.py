@@ -13,6 +13,7 @@ from hf_mbp import collate, compat, loaders, other_trainers, wrapped
 from hf_mbp.accumulation import half_precision
 from hf_mbp.collate import Batch, Inputs, Rows
 from hf_mbp.distributed import Ranks
+from hf_mbp.layout_choice import choose_layout
 from hf_mbp.plan import Budget, Cost, Ints, too_long_message
 from hf_mbp.probe import modules_of
 from hf_mbp.recovery import Fault
@@ -182,25 +183,35 @@ class Feed:
         """The plan of a step, and before the first one what has to be found out for it, and said about it."""
         pools = self._pools_of_step
         largest = max(pools, key=lambda pool: _longest(pool.sizes))
-        budget = self.budget.settle(largest.rows, largest.sizes)
-        max_tokens = self._warn_of_long_rows(budget, _longest(largest.sizes))
         is_first_step = not self.cost.is_settled
         if is_first_step and wrapped.is_sharded(self.trainer):
             self.rows.find_out_together(pools[0].rows)
+        layout_note = self._choose_layout(self._enough_to_check(largest)) if is_first_step else ""
+        budget = self.budget.settle(largest.rows, largest.sizes)
+        max_tokens = self._warn_of_long_rows(budget, _longest(largest.sizes))
         due = [self._enough_to_check(pool) for pool in pools if self.check.is_due(pool.rows[0])]
         checks = [self.check.run(pool.rows, pool.sizes, budget) for pool in due]
         micro_batches = self._plan()
         if is_first_step:
             batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
             num_rows = sum(map(len, batch_sizes))
-            self._tell(start_line(num_rows, micro_batches, batch_sizes, self.budget.describe(max_tokens), checks[0]))
+            said = " ".join(filter(None, [layout_note, checks[0]]))
+            self._tell(start_line(num_rows, micro_batches, batch_sizes, self.budget.describe(max_tokens), said))
             self._tell(self._balance_note)
             self._tell(None if self.rows.multiple_of else padded_rows_note(micro_batches, batch_sizes))
             self._tell(compiled_note() if self.is_compiled else None)
             self._tell(half_precision_note(self._dtypes_summed_in_half(), len(micro_batches)))
         if (note := self.report.slow_collation_note()) and self._is_first("slow collation"):
             self._tell(note)
+        if self.rows.why_padded and self._is_first("padded after all"):
+            self._tell(f"hf_mbp: some micro-batches are padded all the same, because {self.rows.why_padded}.")
         return micro_batches
+
+    def _choose_layout(self, pool: Pool) -> str:
+        """Settles how the rows of this run are laid; says how."""
+        choice = choose_layout(self.trainer, self.ranks, pool.rows, pool.sizes)
+        self.rows.layout = choice.layout
+        return choice.note
 
     def _plan(self) -> list[MicroBatch]:
         """The rows of the step in micro-batches, within the budget that is now."""
@@ -211,8 +222,9 @@ class Feed:
             planned = [micro_batch for pool in pools for micro_batch in self._planned(pool, budget, cost)]
         batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
         self.report.plan_step(planned, batch_sizes, budget.tokens_at(_longest(largest.sizes)))
-        self.budget.planned(planned)
-        return [self._checkpointed(micro_batch) for micro_batch in planned]
+        micro_batches = [self._checkpointed(micro_batch) for micro_batch in planned]
+        self.budget.planned(micro_batches)
+        return micro_batches
 
     def _checkpointed(self, micro_batch: MicroBatch) -> MicroBatch:
         is_checkpointed = self.budget.is_checkpointed(micro_batch.num_rows, micro_batch.cells)
@@ -260,7 +272,10 @@ class Feed:
 
     def _planned(self, pool: Pool, budget: Budget, cost: Cost) -> list[MicroBatch]:
         functions = RowFunctions(
-            collate=self.rows.collate, num_items=self.rows.num_items, num_cells=self.rows.num_cells
+            collate=self.rows.collate_arranged,
+            num_items=self.rows.num_items,
+            num_cells=self.rows.num_cells,
+            layout=self.rows.layout,
         )
         micro_batches = split_mini_batch(
             pool.rows, pool.sizes, budget=budget, cost=cost, functions=functions, ranks=self.ranks

@@ -148,8 +148,8 @@ def _reduction(comparison: Comparison) -> str | None:
 
 _COMPARES_ROWS = (
     "The loss compares the rows of a batch with each other, as a contrastive loss does: {sign}, and micro-batches have "
-    "fewer rows to compare. It cannot be split by rows: train it unsplit, in sentence-transformers with one of the "
-    "Cached losses."
+    "fewer rows to compare. It cannot be split by rows: define embed_rows and loss_of_embeddings, and it runs in two "
+    "passes, or train it unsplit, in sentence-transformers with one of the Cached losses."
 )
 
 

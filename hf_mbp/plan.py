@@ -9,6 +9,8 @@ see `cuts.py`. Where rows have two lengths, several orders are cut, and the chea
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from enum import Enum
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -21,6 +23,33 @@ from hf_mbp.orders import orders_of
 
 Size: TypeAlias = int | tuple[int, ...]
 """Length of a row, or its lengths where parts are padded separately: (source, target) of an encoder-decoder."""
+
+
+class Layout(Enum):
+    """How the rows of a micro-batch lie in memory.
+
+    `PADDED` to the longest, `[rows, width]`; or end to end, `[1, tokens]`. Then attention works on one row after the
+    other (`SEGMENTS`: flash attention), so that each takes what it takes alone, or on all pairs of tokens, of which it
+    uses few (`ONE_ROW`: attention with a mask), so that they take what one row as long as all of them takes.
+    """
+
+    PADDED = "padded"
+    SEGMENTS = "segments"
+    ONE_ROW = "one row"
+
+    def cells(self, sizes: Ints) -> int:
+        """Cells of a micro-batch of rows of `sizes`, `[rows, parts]`."""
+        padded = len(sizes) * int(sizes.max(axis=0).sum())
+        return padded if self is Layout.PADDED else int(sizes.sum())
+
+    def shape(self, num_rows: int, cells: int) -> tuple[int, Fraction]:
+        """Rows and width that `num_rows` rows with so many cells count as, of which `Budget` knows the bytes.
+
+        Of segments of unlike lengths that is the mean width, which leaves out some pairs of positions: those are
+        counted where the lengths are known, in `plan_segments`.
+        """
+        rows = 1 if self is Layout.ONE_ROW else num_rows
+        return rows, Fraction(cells, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +105,11 @@ class Budget:
 
     def bytes(self, rows: Any, width: Any) -> Any:
         """Bytes that the activations of a micro-batch `[rows, width]` are expected to need."""
-        return np.maximum(self.bytes_fixed, rows * (self.bytes_per_cell * width + self.bytes_per_pair * width**2))
+        return np.maximum(self.bytes_fixed, rows * self.bytes_of_row(width))
+
+    def bytes_of_row(self, width: Any) -> Any:
+        """Bytes that one more row of a width adds."""
+        return self.bytes_per_cell * width + self.bytes_per_pair * width**2
 
     def fits(self, rows: Any, width: Any) -> Any:
         """Whether micro-batches `[rows, width]` respect the cap; for numbers or arrays."""
@@ -200,6 +233,57 @@ def _cut_in_order(
             return np.inf, []
         cuts = exactly
     return time_of_cuts(rows, cuts, cost.overhead), [order[start:end].tolist() for start, end in pairwise(cuts)]
+
+
+def planned_groups(
+    layout: Layout, sizes: Ints, budget: Budget, cost: Cost, *, num_micro_batches: int | None = None
+) -> list[list[int]]:
+    """Rows of each micro-batch, for rows of the given `sizes` `[rows, parts]` that are laid so.
+
+    Rows that lie end to end as one are planned as if they were padded: how few of them fit is seen when they lie there.
+    """
+    if layout is Layout.SEGMENTS:
+        return plan_segments(sizes, budget, num_micro_batches=num_micro_batches)
+    return plan_rows(sizes, budget, cost, num_micro_batches=num_micro_batches)
+
+
+def plan_segments(sizes: Ints, budget: Budget, *, num_micro_batches: int | None = None) -> list[list[int]]:
+    """Micro-batches of rows that lie end to end, each taking what it takes alone: as few as the budget allows.
+
+    Without padding no grouping costs more than another, but for what each micro-batch costs whatever its size. So the
+    rows, the longest first, fill one micro-batch after the other. A row that alone is too long has one for itself.
+
+    Args:
+        sizes: of the rows, `[rows, parts]`.
+        budget: for the sum of what the rows of a micro-batch take.
+        num_micro_batches: at least so many, by halving the largest.
+    """
+    lengths = sizes.sum(axis=1)
+    order = np.argsort(-lengths, kind="stable")
+    tokens = np.cumsum(lengths[order])
+    sums: list[tuple[Any, float | None]] = [(tokens, budget.max_tokens)]
+    if budget.max_bytes is not None:
+        sums += [(np.cumsum(budget.bytes_of_row(lengths[order])), budget.max_bytes)]
+    cuts = [0]
+    while cuts[-1] < len(order):
+        cuts.append(max(cuts[-1] + 1, min(_last_within(total, cuts[-1], cap) for total, cap in sums)))
+    for _ in range(len(cuts) - 1, num_micro_batches or 0):
+        cuts = sorted([*cuts, _middle_of_largest(cuts, tokens)])
+    return [order[start:end].tolist() for start, end in pairwise(cuts)]
+
+
+def _last_within(total: Any, start: int, cap: float | None) -> int:
+    """Where a group from `start` on has to end, of which `total` is what it and all rows before take."""
+    before = total[start - 1] if start else 0
+    return len(total) if cap is None else int(np.searchsorted(total, before + cap, side="right"))
+
+
+def _middle_of_largest(cuts: list[int], tokens: Ints) -> int:
+    """Where to halve the group with most tokens, of those with several rows."""
+    ends = np.concatenate([[0], tokens])
+    several = [(start, end) for start, end in pairwise(cuts) if end - start > 1]
+    start, end = max(several, key=lambda group: ends[group[1]] - ends[group[0]])
+    return (start + end) // 2
 
 
 def _check_count(num_micro_batches: Any, num_rows: int) -> None:

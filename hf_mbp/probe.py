@@ -48,7 +48,7 @@ class LossTraits:
     """What a model's loss makes of labels and padding, found out by trying, once."""
 
     def __init__(self, accelerator: Any, shifts_labels: bool | None = None) -> None:
-        self._values = partial(_values, accelerator)
+        self.values = partial(_values, accelerator)
         self._shifts = shifts_labels
         self._from_zero: bool | None = None
 
@@ -60,9 +60,9 @@ class LossTraits:
         """
         if self._shifts is None:
             try:
-                one, other = self._values(loss, modules, *shift_probes(inputs))
+                one, other = self.values(loss, modules, *shift_probes(inputs))
             except (IndexError, RuntimeError, ValueError):  # -100 is no label for this loss
-                one, other = self._values(loss, modules, *changed_first_labels(inputs))
+                one, other = self.values(loss, modules, *changed_first_labels(inputs))
             self._shifts = isclose(one, other, rel_tol=ROUNDING) or (isnan(one) and isnan(other))
         return self._shifts
 
@@ -92,7 +92,7 @@ class LossTraits:
         unpadded = without_padding(inputs)
         positions = torch.arange(unpadded["input_ids"].shape[-1]).expand_as(unpadded["input_ids"])
         try:
-            plain, placed = self._values(loss, modules, unpadded, {**unpadded, "position_ids": positions})
+            plain, placed = self.values(loss, modules, unpadded, {**unpadded, "position_ids": positions})
         except TypeError:  # a forward pass with **kwargs, which something below it does not take
             return False
         return isclose(plain, placed, rel_tol=ROUNDING)

@@ -9,7 +9,7 @@ import torch
 
 from hf_mbp import wrapped
 from hf_mbp.memory import Room, format_bytes
-from hf_mbp.plan import Budget
+from hf_mbp.plan import Budget, Layout
 
 MOST_EVENTS = 100
 """Of the last changes; a run of weeks may have many more, and each checkpoint has them."""
@@ -164,7 +164,9 @@ def key_of(trainer: Any) -> dict[str, str]:
     parameters = list(model.parameters())
     trained = sum(wrapped.num_elements(parameter) for parameter in parameters if parameter.requires_grad)
     total = sum(wrapped.num_elements(parameter) for parameter in parameters)
+    laid = trainer.mbp_rows.layout
     return {
+        **({} if laid is Layout.PADDED else {"layout of rows": f"end to end, {laid.value}"}),
         "model": f"{type(model).__name__}, {total:,} parameters, {trained:,} trained",
         "dtype": ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})),
         "mixed precision": str(trainer.accelerator.mixed_precision),

@@ -13,19 +13,18 @@ Put back are gradients, random states, and buffers that forward passes change. O
 for itself in attributes are not.
 """
 
-import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 
 from hf_mbp import wrapped
 from hf_mbp.distributed import Ranks
 from hf_mbp.lockstep import Counts, LeavingOut
 from hf_mbp.out_of_memory import give_back_memory, is_out_of_memory, reason_of
+from hf_mbp.random_states import put_back_random_states, random_states
 from hf_mbp.step import MicroBatch, as_shortest_filler
 
 MOST_TIMES = 3
@@ -232,7 +231,7 @@ class Before:
         self._buffers = buffers.copies(modules)
         self._numbers = [(owner, _numbers_of(owner)) for owner in {kept.module: None for kept in self._buffers}]
         self._syncs_buffers = wrapped.buffer_syncs(modules)
-        self._random_states = _random_states(self._parameters)
+        self._random_states = random_states(parameter.device for parameter in self._parameters)
 
     def learn(self) -> None:
         """Notes which of the buffers a mini-batch has changed, so that later ones copy only these."""
@@ -248,7 +247,7 @@ class Before:
             kept.put_back()
         for owner, numbers in self._numbers:  # such as the length that a rotary embedding was last computed for
             vars(owner).update(numbers)
-        _put_back_random_states(self._random_states)
+        put_back_random_states(self._random_states)
 
 
 @dataclass(frozen=True)
@@ -309,27 +308,3 @@ class ChangingBuffers:
 
 def _numbers_of(module: torch.nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if isinstance(value, (int, float))}
-
-
-def _random_states(parameters: list[torch.nn.Parameter]) -> tuple[Any, ...]:
-    """Of Python, numpy and torch, there on the host and on each device that has parameters."""
-    devices = {parameter.device for parameter in parameters if parameter.device.type in ("cuda", "mps", "xpu")}
-    states = [(device, _device_module(device).get_rng_state(*_index_of(device))) for device in devices]
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), states
-
-
-def _put_back_random_states(states: tuple[Any, ...]) -> None:
-    python, numpy, host, on_devices = states
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(host)
-    for device, state in on_devices:
-        _device_module(device).set_rng_state(state, *_index_of(device))
-
-
-def _device_module(device: torch.device) -> Any:
-    return torch.get_device_module(device.type)
-
-
-def _index_of(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # there is one

@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 from accelerate.utils import DistributedType
+from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from hf_mbp import other_trainers
@@ -53,6 +54,31 @@ def refuse_unsupported(trainer: Any) -> None:
     present = [(what, why) for what, (is_present, why) in refusals.items() if is_present]
     for what, why in (*present, *other_trainers.refusals(trainer)):
         raise ValueError(f"Micro-batching does not support {what}: {why}")
+
+
+def embeds_rows(trainer: Any) -> bool:
+    """Whether a trainer has a loss that compares all rows of a mini-batch, to be run in two passes.
+
+    Raises:
+        TypeError: it says only half of what has to be known, or computes its loss otherwise, too.
+        ValueError: the model is sharded.
+    """
+    names = [name for name in ("embed_rows", "loss_of_embeddings") if callable(getattr(trainer, name, None))]
+    if not names:
+        return False
+    if len(names) == 1:
+        missing = "loss_of_embeddings" if names[0] == "embed_rows" else "embed_rows"
+        raise TypeError(f"{type(trainer).__name__} has {names[0]}, but no {missing}: define both.")
+    if type(trainer).compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None:
+        raise TypeError(
+            f"{type(trainer).__name__} has embed_rows and loss_of_embeddings, and a compute_loss or compute_loss_func "
+            "beside them: leave out one or the other."
+        )
+    if is_sharded(trainer):
+        raise ValueError(
+            "embed_rows and loss_of_embeddings: two passes are not tested under FSDP and DeepSpeed. Use plain DDP."
+        )
+    return True
 
 
 def refuse_float32_sums(*, is_sharded: bool) -> None:

@@ -13,7 +13,7 @@ from hf_mbp.control import AIM_OF_ONE, Reading, after_failure, corrected
 from hf_mbp.gauge import Gauge
 from hf_mbp.out_of_memory import is_out_of_memory
 from hf_mbp.padding import with_padding
-from hf_mbp.plan import Cost, plan_rows
+from hf_mbp.plan import Cost, planned_groups
 from hf_mbp.probe import loss_of, modules_of
 from hf_mbp.profile import Profile
 from hf_mbp.row_lengths import known_lengths
@@ -95,11 +95,12 @@ def worst_of(trainer: Any, rows: list[Any], profile: Profile, cost: Cost) -> Wor
     if collate.need_one_width(rows[0]):
         sizes = np.broadcast_to(sizes.max(axis=0), sizes.shape)
     found = None
-    for group in plan_rows(sizes, profile.budget, cost):
-        width = int(sizes[group].max(axis=0).sum())
-        planned = float(profile.budget.bytes(len(group), width))
+    layout = trainer.mbp_rows.layout
+    for group in planned_groups(layout, sizes, profile.budget, cost):
+        cells = layout.cells(sizes[group])
+        planned = float(profile.budget.bytes(*map(float, layout.shape(len(group), cells))))
         if planned <= profile.cap and (found is None or planned > found.planned_bytes):
-            found = Worst(rows=[rows[index] for index in group], width=width, planned_bytes=planned)
+            found = Worst(rows=[rows[index] for index in group], width=cells // len(group), planned_bytes=planned)
     return found if found is not None and found.planned_bytes >= WORTH_IT * profile.cap else None
 
 
@@ -117,7 +118,8 @@ def _run(trainer: Any, worst: Worst, gauge: Gauge) -> int:
     with undisturbed(modules_of(trainer)), kept_collator(trainer.data_collator):
         trainer.model.train()
         (inputs,) = trainer.mbp_rows.collate([worst.rows])
-        inputs = with_padding(inputs)
+        arranged = trainer.mbp_rows.arranged(inputs)
+        inputs = with_padding(inputs) if arranged is inputs else arranged
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)

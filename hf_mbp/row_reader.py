@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from hf_mbp import collate, loaders, other_trainers, probe
+from hf_mbp import collate, loaders, other_trainers, padding_free, probe, wrapped
 from hf_mbp.collate import Batch, Inputs, KeepRows
 from hf_mbp.items import checked_count
-from hf_mbp.plan import Ints, as_sizes, round_up
+from hf_mbp.plan import Ints, Layout, as_sizes, round_up
 from hf_mbp.precollated import CollatedRow, CollateInWorkers, cut_out
 from hf_mbp.probe import LossFunction, LossTraits
 from hf_mbp.report import StepReport
@@ -25,8 +25,10 @@ class RowReader:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what was found out about the loss."""
+        """Forgets what was found out about the loss, and lays rows as usual."""
         self._traits = LossTraits(self.trainer.accelerator)
+        self.layout = Layout.PADDED
+        self.why_padded: str | None = None
 
     @property
     def workers_collate(self) -> bool:
@@ -62,6 +64,26 @@ class RowReader:
         """
         loss, modules = self._loss_and_modules()
         return [self._traits.settled(loss, modules, inputs) for inputs in self.padded(groups, keep_width=keep_width)]
+
+    def arranged(self, inputs: Inputs) -> Inputs:
+        """Collated inputs as they run in training: end to end if rows are laid so, and these can be.
+
+        `why_padded` says why some could not.
+        """
+        if self.layout is Layout.PADDED:
+            return inputs
+        if reason := padding_free.why_padded(inputs):
+            self.why_padded = reason
+            return inputs
+        return padding_free.laid_end_to_end(
+            inputs,
+            shifts_labels=self.shifts_labels(inputs),
+            gives_boundaries=wrapped.attends_in_segments(self.trainer.model),
+        )
+
+    def collate_arranged(self, groups: list[list[Any]]) -> list[Inputs]:
+        """Each group of rows as it runs in training."""
+        return [self.arranged(inputs) for inputs in self.collate(groups)]
 
     def padded(self, groups: list[list[Any]], *, keep_width: bool) -> list[Inputs]:
         """The same with the defaults of the loss not yet settled."""
@@ -100,6 +122,10 @@ class RowReader:
     def shifts_labels(self, inputs: Inputs) -> bool:
         """Whether the loss predicts the next token, so that the first label of a row is no item; found by trying."""
         return self._traits.shifts_labels(*self._loss_and_modules(), inputs)
+
+    def losses(self, *inputs: Inputs) -> list[float]:
+        """The mean loss of each of some inputs, from the same state, without dropout."""
+        return self._traits.values(*self._loss_and_modules(), *inputs)
 
     def _loss_and_modules(self) -> tuple[LossFunction, list[torch.nn.Module]]:
         return partial(probe.loss_of, self.trainer), probe.modules_of(self.trainer)

@@ -176,11 +176,11 @@ class RunBudget:
         profile = self._profile
         if profile is None or profile.room is None:
             return
-        shapes = [(mb.num_rows, mb.cells / mb.num_rows) for mb in micro_batches if mb.num_rows and not mb.is_idle]
-        plain = [(rows, width) for rows, width in shapes if not self.is_checkpointed(rows, width)]
-        for rows, width in plain:
-            planned = Reading(planned_bytes=profile.size_of(rows, width), num_rows=rows)
-            self._planned = self._planned.merged(planned)
+        for mb in micro_batches:
+            if mb.num_rows and not mb.is_idle and not mb.is_checkpointed:
+                rows, width = mb.layout.shape(mb.num_rows, mb.cells)
+                planned = Reading(planned_bytes=profile.size_of(rows, float(width)), num_rows=mb.num_rows)
+                self._planned = self._planned.merged(planned)
 
     def shrink(self, rows: int, width: int) -> None:
         """A micro-batch `[rows, width]` ran out of memory: from now on none as large fits; a row alone always does.

@@ -89,7 +89,8 @@ class RunCost:
         is_measuring = self.is_settled and self._calibration is None and self._steps_done >= WARM_UP_STEPS
         if not is_measuring or not micro_batch.rows or micro_batch.is_checkpointed:
             return nullcontext()
-        return self.stopwatch.timing(micro_batch.num_rows, micro_batch.cells / micro_batch.num_rows)
+        rows, width = micro_batch.layout.shape(micro_batch.num_rows, micro_batch.cells)
+        return self.stopwatch.timing(rows, float(width))
 
     def after_step(self) -> None:
         """Finds the constants after the last of the first steps; to be called by every rank after each step."""

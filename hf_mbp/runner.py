@@ -18,6 +18,7 @@ from hf_mbp.prefetch import Prefetch
 from hf_mbp.recovery import Backward, Fault, Recovery
 from hf_mbp.report import StepReport
 from hf_mbp.step import MicroBatch, run_micro_batches
+from hf_mbp.two_passes import Part
 
 IS_OPAQUE = (
     "training_step gets the micro-batches of a step and not a dictionary of inputs. Override compute_loss, which gets "
@@ -61,6 +62,7 @@ class Runner:
         self._prefetch = Prefetch(trainer.args.device, pins=trainer.args.dataloader_pin_memory)
         self._recovery = Recovery(ranks, partial(probe.modules_of, trainer), self._parameters)
         self._half: list[torch.nn.Parameter] = []
+        self._not_embedded: list[MicroBatch] = []
         self._has_stepped = False
 
     def restart(self) -> None:
@@ -98,6 +100,7 @@ class Runner:
         if all(micro_batch.is_idle for micro_batch in micro_batches):
             return torch.zeros((), device=self._ranks.device)
         self._prefetch.start(micro_batches)
+        self._not_embedded = [micro_batch for micro_batch in micro_batches if not micro_batch.is_idle]
         return run_micro_batches(
             micro_batches,
             backward,
@@ -109,11 +112,14 @@ class Runner:
         self, model: torch.nn.Module, training_step: TrainingStep, micro_batch: MicroBatch
     ) -> torch.Tensor:
         self._feed.budget.make_room()
+        self._embed_all(model, micro_batch)
         trainer = self._trainer
         varies = self._feed.is_compiled
+        second_pass = trainer.mbp_two_passes.second(micro_batch) if trainer.mbp_two_passes else nullcontext()
         checkpointing = compat.checkpointed(trainer.model) if micro_batch.is_checkpointed else nullcontext()
         with self._feed.cost.timing(micro_batch):
             with (
+                second_pass,
                 checkpointing,
                 self._call_metrics.call(micro_batch),
                 compat.weighted_loss(trainer, micro_batch.weight, micro_batch.num_items, varies=varies),
@@ -123,6 +129,22 @@ class Runner:
                 loss = training_step(model, inputs, None)
             self._sums.add(self._half)
         return loss
+
+    def _embed_all(self, model: torch.nn.Module, micro_batch: MicroBatch) -> None:
+        """Of a loss that compares rows: the first pass of all micro-batches, before the second of the first.
+
+        If there is no memory for it, the attempt is given up, and this rank makes it with fillers to keep in step.
+        """
+        waiting = self._not_embedded
+        if not waiting or self._trainer.mbp_two_passes is None:
+            return
+        if micro_batch is not waiting[0]:
+            waiting = [micro_batch] * len(waiting)
+        compat.to_training_mode(self._trainer, model)
+        parts = [Part(key=one, inputs=one.inputs, share=one.weight / self._ranks.count) for one in waiting]
+        with self._report.computing():
+            self._trainer.mbp_two_passes.first(model, parts, self._ranks)
+        self._not_embedded = []
 
     def _summed_in_float32(self) -> list[torch.nn.Parameter]:
         if not self._trainer.mbp_config.accumulate_in_fp32:

@@ -11,7 +11,7 @@ from hf_mbp.fit import Measured, fit_budget, held_out_error
 from hf_mbp.gauge import Gauge
 from hf_mbp.optimizer_memory import step_bytes
 from hf_mbp.padding import can_be_cut, cut_columns, with_padding
-from hf_mbp.plan import Budget, Cost, Ints
+from hf_mbp.plan import Budget, Cost, Ints, Layout
 from hf_mbp.probe import loss_of, modules_of
 from hf_mbp.undisturbed import kept_collator, undisturbed
 
@@ -176,10 +176,15 @@ def _can_be_cut(trainer: Any, row: Any) -> bool:
 
 
 def _measure(trainer: Any, row: Any, num_rows: int, width: int, *, is_cut: bool) -> Measured:
-    """Peak bytes of a micro-batch of a row repeated, cut to `width` or not, and the width that it really has."""
-    (inputs,) = trainer.mbp_rows.collate([[row] * num_rows])
+    """Peak bytes of a micro-batch of a row repeated, cut to `width` or not, and what shape it really counts as."""
+    reader = trainer.mbp_rows
+    (inputs,) = reader.collate([[row] * num_rows])
     if is_cut:
-        inputs = with_padding(cut_columns(inputs, width))
+        inputs = cut_columns(inputs, width)
+    padded, inputs = inputs, reader.arranged(inputs)
+    is_padded = inputs is padded
+    if is_cut and is_padded:
+        inputs = with_padding(inputs)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -188,5 +193,7 @@ def _measure(trainer: Any, row: Any, num_rows: int, width: int, *, is_cut: bool)
     def run() -> None:
         loss_of(trainer, inputs, num_items).backward()  # type: ignore[no-untyped-call]
 
-    cells = trainer.mbp_rows.num_cells(inputs)  # targets and further choices are cut otherwise, or not at all
-    return num_rows, width if cells is None else cells / num_rows, memory.measure_activations(run)
+    cells = reader.num_cells(inputs)  # targets and further choices are cut otherwise, or not at all
+    layout = Layout.PADDED if is_padded else reader.layout
+    rows, wide = layout.shape(num_rows, num_rows * width if cells is None else cells)
+    return rows, float(wide), memory.measure_activations(run)

@@ -11,7 +11,6 @@ Nothing here knows a Trainer.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ import torch
 from hf_mbp.collate import Inputs
 from hf_mbp.distributed import Ranks
 from hf_mbp.filler import filler_of, shortest_filler_of
-from hf_mbp.plan import Budget, Cost, Ints, plan_rows
+from hf_mbp.padding_free import is_laid_end_to_end
+from hf_mbp.plan import Budget, Cost, Ints, Layout, planned_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class MicroBatch:
 
     `weight` is the share of the micro-batch times the number of ranks: gradients are averaged over the ranks, and the
     share is of all their items together. An idle micro-batch has nothing to learn: it is not run, only counted. A
-    checkpointed one computes its activations again in the backward pass, and so takes less memory.
+    checkpointed one computes its activations again in the backward pass, and so takes less memory. `layout` is how its
+    rows lie.
     """
 
     inputs: Inputs
@@ -40,6 +41,7 @@ class MicroBatch:
     weight: float = 0.0
     is_idle: bool = False
     is_checkpointed: bool = False
+    layout: Layout = Layout.PADDED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +49,13 @@ class RowFunctions:
     """What has to be known about the user's rows.
 
     `collate` pads each of the given groups of rows, `num_items` and `num_cells` count what it returns; `None` for cells
-    that cannot be counted, as of images: then they are what was planned.
+    that cannot be counted, as of images: then they are what was planned. `layout` is how it lays rows where it can.
     """
 
     collate: Callable[[list[list[Any]]], list[Inputs]]
     num_items: Callable[[Inputs], float]
     num_cells: Callable[[Inputs], int | None]
+    layout: Layout = Layout.PADDED
 
 
 def split_mini_batch(
@@ -62,10 +65,10 @@ def split_mini_batch(
 
     Ranks plan for the same number of micro-batches, so that none waits for another.
     """
-    plan = plan_rows(sizes, budget, cost)
+    plan = planned_groups(functions.layout, sizes, budget, cost)
     agreed = min(ranks.highest(len(plan)), len(rows))
     if agreed > len(plan):
-        plan = plan_rows(sizes, budget, cost, num_micro_batches=agreed)
+        plan = planned_groups(functions.layout, sizes, budget, cost, num_micro_batches=agreed)
     return collate_groups(rows, sizes, plan, budget, functions)
 
 
@@ -74,13 +77,14 @@ def collate_groups(
 ) -> list[MicroBatch]:
     """Pads each group; a group that the collator pads beyond the budget is halved until it fits.
 
-    That happens with collators that pad to more than the longest row.
+    That happens with collators that pad to more than the longest row, and to rows that lie end to end as one long one.
     """
     micro_batches = []
     for group, inputs in zip(groups, functions.collate([[rows[i] for i in group] for group in groups]), strict=True):
         counted = functions.num_cells(inputs)
         cells = len(group) * int(sizes[group].max(axis=0).sum()) if counted is None else counted
-        if len(group) > 1 and not budget.fits(len(group), Fraction(cells, len(group))):
+        layout = functions.layout if is_laid_end_to_end(inputs) else Layout.PADDED
+        if len(group) > 1 and not budget.fits(*layout.shape(len(group), cells)):
             half = len(group) // 2
             micro_batches += collate_groups(rows, sizes, [group[:half], group[half:]], budget, functions)
             continue
@@ -92,6 +96,7 @@ def collate_groups(
                 num_items=functions.num_items(inputs),
                 cells=cells,
                 tokens=_useful_tokens(inputs, int(sizes[group].sum()), cells),
+                layout=layout,
             )
         )
     return micro_batches

@@ -16,6 +16,7 @@ from hf_mbp.kept import hidden_entries
 from hf_mbp.report import MEASURED, StepReport
 from hf_mbp.row_reader import RowReader
 from hf_mbp.runner import MicroBatches, Runner
+from hf_mbp.two_passes import TwoPasses
 from hf_mbp.watch import watched_ranks
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class MBPMixin(_Base):
     * `floating_point_ops`, `_track_num_input_tokens`: count what the stock loop asks about a batch.
 
     What users may override: `num_items` for a loss of their own and `row_length` for rows whose size is not in
-    `input_ids`.
+    `input_ids`. What they may define, for a loss that compares all rows of a mini-batch: `embed_rows` and
+    `loss_of_embeddings` (see `EmbedsRows`).
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -68,6 +70,7 @@ class MBPMixin(_Base):
             raise TypeError(f"mbp_config must be an MBPConfig, got {type(mbp_config).__name__}.")
         self.mbp_config = mbp_config or MBPConfig()
         super().__init__(*args, **kwargs)
+        self.mbp_two_passes = self._two_passes()
         refusals.refuse_unsupported(self)
         self._ranks = Ranks(self.accelerator)
         self._report = StepReport()
@@ -76,6 +79,15 @@ class MBPMixin(_Base):
         self.mbp_feed = Feed(self, self.mbp_rows, self._ranks, self._report)
         self._runner = Runner(self, self.mbp_feed, self._ranks, self._report)
         self._evaluation = Evaluation(self, self._ranks)
+
+    def _two_passes(self) -> TwoPasses | None:
+        """If the trainer says how rows are embedded and compared, what runs them in two passes, and its loss."""
+        if not refusals.embeds_rows(self):
+            return None
+        two_passes = TwoPasses(self)
+        self.compute_loss = two_passes.compute_loss  # of the instance, so that other trainers keep that of their class
+        self.can_return_loss = True  # or evaluation would run the model instead
+        return two_passes
 
     # What users may override
 
@@ -87,6 +99,8 @@ class MBPMixin(_Base):
         that divides by something else: the sum of the labels' weights for a class-weighted cross-entropy.
         """
         inputs = dict(micro_batch)
+        if self.mbp_two_passes is not None:
+            return collate.num_rows_of(inputs)
         if (known := other_trainers.num_items(self, inputs)) is not None:
             return known
         return items.items_of(inputs, getattr(self.model, "config", None), self.mbp_rows.shifts_labels)

@@ -4,6 +4,7 @@ As `compat.py` does, this touches private and version-dependent names; each func
 """
 
 import inspect
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -75,6 +76,31 @@ def attention_of(model: torch.nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "_attn_implementation", None))
 
 
+def attends_in_segments(model: torch.nn.Module) -> bool:
+    """Whether attention takes rows that lie end to end one after the other, and is told by arguments where they begin.
+
+    Flash attention does, by `FlashAttentionKwargs`, which pass through a model as keywords that it does not name.
+    """
+    return "flash" in attention_of(model) and accepts(model, "cu_seq_lens_q")
+
+
+def most_positions(model: torch.nn.Module) -> int | None:
+    """How many positions the model knows, if its configuration says so: `config.max_position_embeddings`."""
+    return _said_in_config(model, "max_position_embeddings")
+
+
+def attention_chunk(model: torch.nn.Module) -> int | None:
+    """The tokens of a chunk that attention does not look out of: `config.attention_chunk_size`."""
+    return _said_in_config(model, "attention_chunk_size")
+
+
+def _said_in_config(model: torch.nn.Module, name: str) -> int | None:
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, name, None)
+
+
 def checkpoints_activations(model: torch.nn.Module) -> bool:
     """Whether any part of the model runs with activation checkpointing.
 
@@ -115,13 +141,22 @@ def mark_varying(inputs: Any) -> None:
                 maybe_mark_dynamic(value, dimension)
 
 
+def takes_by_name(model: torch.nn.Module, argument: str) -> bool:
+    """Whether the forward pass of the model, also compiled or under PEFT, has an argument of that name itself."""
+    return argument in _parameters(model)
+
+
 def accepts(model: torch.nn.Module, argument: str) -> bool:
-    """Whether the forward pass of the model, also compiled or under PEFT, may have an argument of that name."""
+    """Whether it may have an argument of that name, if only to hand it on."""
+    parameters = _parameters(model)
+    return argument in parameters or any(kind.kind == kind.VAR_KEYWORD for kind in parameters.values())
+
+
+def _parameters(model: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
     base: Any = getattr(model, "_orig_mod", model)
     if hasattr(base, "get_base_model"):
         base = base.get_base_model()
-    parameters = inspect.signature(base.forward).parameters
-    return argument in parameters or any(kind.kind == kind.VAR_KEYWORD for kind in parameters.values())
+    return inspect.signature(base.forward).parameters
 
 
 def sequence_numbers() -> dict[str, int]:

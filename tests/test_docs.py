@@ -1,12 +1,14 @@
 """Links of the documentation lead somewhere, the tests it names exist, and its code runs."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, BertModel, TrainingArguments
 
-from tests.helpers import bert_config, build, token_rows, tokenizer, with_labels
+from tests.contrastive import pair_rows
+from tests.helpers import Pad, bert_config, build, token_rows, tokenizer, with_labels
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").rglob("README.md"))]
@@ -44,6 +46,21 @@ def test_the_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:
     exec(program, names)  # noqa: S102
     assert "micro-batches" in capsys.readouterr().out
     assert any(bool((parameter.grad != 0).any()) for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_the_contrastive_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "contrastive.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    quiet = {"use_cpu": True, "max_steps": 1, "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False}
+    model = build(BertModel, bert_config())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    names = {
+        **{"model": model, "pairs": pair_rows(), "pad_pairs": Pad()},
+        "TrainingArguments": partial(TrainingArguments, **quiet),
+    }
+    exec(program, names)  # noqa: S102
+    assert any(not before[name].equal(parameter) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize("trainer", ["MBPSFTTrainer", "MBPSentenceTransformerTrainer"])

@@ -14,7 +14,7 @@ from transformers import trainer as trainer_module
 
 from hf_mbp import MBPConfig, MBPTrainer, run_cost
 from hf_mbp.calibration import Timed
-from hf_mbp.plan import Budget, Cost, as_sizes, plan_rows
+from hf_mbp.plan import Budget, Cost, Layout, as_sizes, plan_rows
 from hf_mbp.run_cost import FIRST_STEPS, MOST_TOLD, TRIED_OVERHEADS, WARM_UP_STEPS, RunCost
 from hf_mbp.stopwatch import Stopwatch
 from tests.faults import Faults
@@ -209,7 +209,13 @@ def test_some_micro_batches_are_not_timed(changes: dict[str, Any], tmp_path: Pat
     cost._trainer.state.max_steps = 100
     cost.of_step()
     cost._trainer.state.global_step = WARM_UP_STEPS
-    usual: dict[str, Any] = {"rows": ({},), "num_rows": 1, "cells": 7, "is_checkpointed": False}
+    usual: dict[str, Any] = {
+        "rows": ({},),
+        "num_rows": 1,
+        "cells": 7,
+        "is_checkpointed": False,
+        "layout": Layout.PADDED,
+    }
     for micro_batch in (SimpleNamespace(**usual), SimpleNamespace(**{**usual, **changes})):
         with cost.timing(micro_batch):
             pass

@@ -107,6 +107,13 @@ def test_gradients_are_those_of_the_unsplit_trainer(name: str, runs: Runs) -> No
     assert_same_gradients(CASES[name], runs(name, split=False), split)
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.padding_free])
+def test_rows_that_lie_end_to_end_have_no_padding(name: str, runs: Runs) -> None:
+    split = runs(name, split=True)
+    assert [log["mbp_padding_fraction"] for log in split.logs] == [0.0, 0.0]
+    assert any(rows > 1 for plan in split.plans for rows, _, _ in plan)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_logged_number_is_that_of_the_unsplit_trainer(name: str, runs: Runs) -> None:
     assert_same_logs(CASES[name], runs(name, split=False), runs(name, split=True))

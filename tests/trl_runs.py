@@ -71,12 +71,14 @@ class Case:
 
     `bound` is of the relative error of all gradients together, `largest` of the difference of any entry. The gradients
     of IPO are some twenty times those of the others, as its loss is the square of a distance from 1 / (2 beta) = 5.
+    `padding_free` is the option of `MBPConfig`; SFT has one of the same name for its collator.
     """
 
     trainer: str
     rows: str
     config: dict[str, Any] = field(default_factory=dict)
     lora: bool = False
+    padding_free: bool | None = None
     compute_loss_func: Callable[..., torch.Tensor] | None = None
     bound: float = IN_FLOAT32
     largest: float = 1e-7
@@ -101,6 +103,8 @@ CASES = {
         trainer="SFT", rows="text", config={"packing": True, "packing_strategy": "wrapped", "max_length": 24}
     ),
     "sft-padding-free": Case(trainer="SFT", rows="text", config={"padding_free": True, "max_length": None}),
+    "sft-end-to-end": Case(trainer="SFT", rows="completion", padding_free=True),
+    "sft-lora-end-to-end": Case(trainer="SFT", rows="text", lora=True, padding_free=True),
     "sft-dft": Case(trainer="SFT", rows="completion", config={"loss_type": "dft"}),
     "sft-smoothed": Case(trainer="SFT", rows="completion", config={"label_smoothing_factor": 0.1}),
     "sft-own-loss": Case(trainer="SFT", rows="completion", compute_loss_func=divided_by_the_count),
@@ -190,7 +194,9 @@ def trainer_of(case: Case, rows: Dataset, folder: Path, *, split: bool, **change
     init: dict[str, Any] = {}
     if split:
         # Several ranks are to be as uneven as their rows are.
-        init["mbp_config"] = MBPConfig(max_tokens_per_micro_batch=64, on_inexact="error", balance_ranks=False)
+        init["mbp_config"] = MBPConfig(
+            max_tokens_per_micro_batch=64, on_inexact="error", balance_ranks=False, padding_free=case.padding_free
+        )
     if case.lora:
         init["peft_config"] = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     if case.compute_loss_func is not None:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from hf_mbp import MBPConfig, MBPTrainer
+from hf_mbp.plan import Layout
 from tests.distributed.cases import CASES, Case, data_of, model_of, rows_of
 from tests.distributed.ending import leave
 from tests.helpers import Pad, arguments
@@ -126,7 +127,11 @@ def trainer_of(case: Case, folder: Path, **changes: Any) -> MBPTrainer:
         train_dataset=data_of(case),
         data_collator=Pad(case.padding_side),
         mbp_config=MBPConfig(
-            max_tokens_per_micro_batch=48, collate_in=collates_in, on_inexact="error", balance_ranks=case.balance
+            max_tokens_per_micro_batch=48,
+            collate_in=collates_in,
+            on_inexact="error",
+            balance_ranks=case.balance,
+            padding_free=case.padding_free,
         ),
     )
 
@@ -177,6 +182,7 @@ def outcome_of(case: Case, folder: Path) -> dict[str, Any]:
         trainer = trainer_of(case, folder)
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert_distributed(case, trainer)
+    assert (trainer.mbp_rows.layout is not Layout.PADDED) == bool(case.padding_free)
     return {
         "read": read,
         "weights": weights_of(trainer.model),

@@ -19,8 +19,8 @@ class Case:
     """One run.
 
     `strategy` is how the model is distributed; `data` in what the rows come; `rows` how many there are. `accelerator`
-    and `arguments` go to `TrainingArguments`. Cases of a rank with few rows or items do not balance the ranks: it
-    would get more.
+    and `arguments` go to `TrainingArguments`, `padding_free` to `MBPConfig`. Cases of a rank with few rows or items do
+    not balance the ranks: it would get more.
     """
 
     strategy: str = "ddp"
@@ -33,6 +33,7 @@ class Case:
     arguments: dict[str, Any] = field(default_factory=dict)
     balance: bool = True
     resumes: bool = False
+    padding_free: bool | None = None
 
     @property
     def is_stream(self) -> bool:
@@ -105,6 +106,10 @@ ON_TWO = {
         accelerator={"gradient_accumulation_kwargs": {"sync_each_batch": True}}, arguments=TWICE
     ),
     "causal, padded left": Case(model="llama", padding_side="left"),
+    "causal, end to end": Case(model="llama", padding_free=True),
+    "causal, end to end, padded left, the last rank has no batch": Case(
+        model="llama", padding_free=True, padding_side="left", accelerator=UNEVEN, balance=False
+    ),
 }
 
 FSDP2 = {
@@ -114,6 +119,9 @@ FSDP2 = {
     "fsdp2, a rank without items": Case(strategy="fsdp2", labels="none on the second rank", balance=False),
     "fsdp2, a stream": Case(strategy="fsdp2", data="stream"),
     "fsdp2, causal, padded left": Case(strategy="fsdp2", model="llama", padding_side="left"),
+    "fsdp2, causal, end to end, the last rank has no batch": Case(
+        strategy="fsdp2", model="llama", padding_free=True, accelerator=UNEVEN, balance=False
+    ),
     "fsdp2, synchronised after each": Case(
         strategy="fsdp2", accelerator={"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     ),

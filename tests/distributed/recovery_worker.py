@@ -13,12 +13,18 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_mbp import MBPConfig, MBPTrainer
+from hf_mbp.plan import Layout
 from tests.distributed.ending import leave
 from tests.faults import Faults
 from tests.helpers import Pad, arguments, build, llama_config, masked_prefix, token_rows, with_labels
 
 ROWS = with_labels(token_rows(24), masked_prefix)
 ROWS_PER_RANK = 8
+
+END_TO_END = "ddp, end to end"
+
+COMPARED = {END_TO_END: 4}
+"""Passes before the first step, in which it is compared whether rows may lie end to end."""
 
 RANK = int(os.environ.get("RANK", 0))
 
@@ -98,7 +104,7 @@ def trainer_of(strategy: str, folder: Path) -> MBPTrainer:
         args,
         train_dataset=ROWS,
         data_collator=Pad(),
-        mbp_config=MBPConfig(max_tokens_per_micro_batch=64, check_at_start=False),
+        mbp_config=MBPConfig(max_tokens_per_micro_batch=64, check_at_start=False, padding_free=strategy == END_TO_END),
     )
 
 
@@ -110,10 +116,12 @@ def outcome(strategy: str, folder: Path, point: tuple[int, str, str, int] | None
     if point is not None:
         rank, stage, layer, position = point
         if rank == RANK:
-            faults = Faults(trainer.model.get_submodule(layer), stage, {position if position >= 0 else last})
+            position = COMPARED.get(strategy, 0) + (position if position >= 0 else last)
+            faults = Faults(trainer.model.get_submodule(layer), stage, {position})
             faults.install(trainer.model)
     trainer.train()
     assert isinstance(trainer.model_wrapped, FSDPModule) == (strategy == "fsdp2")
+    assert (trainer.mbp_rows.layout is not Layout.PADDED) == (strategy == END_TO_END)
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return {"gradients": gradients.steps, "logs": logs, "raised": faults.raised if faults else None}
 

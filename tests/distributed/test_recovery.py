@@ -10,7 +10,7 @@ from tests.distributed.launching import launch
 from tests.helpers import Pad, build, llama_config, relative_error, whole_gradients
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", recovery_worker.END_TO_END, "fsdp2"])
 def test_the_gradient_is_that_of_all_rows(strategy: str, tmp_path: Path) -> None:
     ranks = launch("recovery_worker", tmp_path, strategy)
     rows = recovery_worker.ROWS[:16]
