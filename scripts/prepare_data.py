@@ -273,7 +273,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     """Write rows as xz-compressed JSON lines and print what a reader would want to know of them."""
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     path.write_bytes(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))
-    lengths = sorted(len(row.get("text", row.get("definition", ""))) for row in rows)
+    lengths = sorted(max(map(len, row.values())) for row in rows)
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()
     print(
         f"{path.name}: {len(rows)} rows, {path.stat().st_size:,} bytes, sha256 {checksum}; characters:"

@@ -15,7 +15,10 @@ class RunArguments:
     """What to do."""
 
     task: str = field(
-        default="text_classification", metadata={"help": "what to train: text_classification, language_modeling"}
+        default="text_classification",
+        metadata={
+            "help": "what to train: image_classification, language_modeling, sequence_to_sequence, text_classification"
+        },
     )
     eval_before_training: bool = field(
         default=True, metadata={"help": "evaluate the untrained model, too, so that the result can be compared"}
@@ -42,6 +45,13 @@ class ModelArguments:
             "help": "a model on the Hub, a folder, or package://NAME/FOLDER for one inside an installed pip package"
         },
     )
+    config_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "instead, to train a new model from random weights: a configuration on the Hub, or a folder with"
+            " its config.json; its path is relative to the working directory or to the recipe"
+        },
+    )
     gguf_file: str | None = field(
         default=None,
         metadata={"help": "file in the model's folder, when the weights are in GGUF; they are de-quantized"},
@@ -62,6 +72,13 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
             raise ValueError(f"dtype is {self.dtype!r}; write one of {', '.join(get_args(Dtype))}")
+        if self.model_name_or_path is not None and self.config_name is not None:
+            raise ValueError("write either model_name_or_path (its weights) or config_name (random weights), not both")
+
+    @property
+    def starts_new_head(self) -> bool:
+        """Whether the weights of the head are random: by themselves, or with all others."""
+        return self.new_head or self.config_name is not None
 
 
 class ModelShape(ModelArguments):
@@ -72,7 +89,9 @@ class ModelShape(ModelArguments):
 class DataArguments:
     """Which data."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "data set on the Hub"})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "data set on the Hub; sklearn://digits are those that scikit-learn brings"}
+    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "its configuration"})
     train_split: str = field(default="train", metadata={"help": "its split to train on"})
     validation_split: str | None = field(
@@ -82,6 +101,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "a file instead: .csv, .tsv, .json, .jsonl, .parquet, .txt, also .gz, .xz, .bz2;"
+            " or a folder of images, in it one for each class;"
             " its path is relative to the working directory or to the recipe"
         },
     )
@@ -101,6 +121,21 @@ class DataArguments:
     messages_column: str | None = field(
         default=None, metadata={"help": "language modeling: whole conversations, lists of {role, content}"}
     )
+    image_column: str = field(default="image", metadata={"help": "image classification: column with the image"})
+    source_column: str = field(
+        default="source",
+        metadata={"help": "sequence to sequence: what is read; translation.en is a column inside a column"},
+    )
+    target_column: str = field(default="target", metadata={"help": "sequence to sequence: what is to be written"})
+    source_prefix: str = field(
+        default="", metadata={"help": "sequence to sequence: put before every source, such as 'summarize: ' for T5"}
+    )
+    max_source_length: int | None = field(
+        default=None, metadata={"help": "sequence to sequence: max_length of sources"}
+    )
+    max_target_length: int | None = field(
+        default=None, metadata={"help": "sequence to sequence: max_length of targets, also of those that are generated"}
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "cut rows after so many tokens; unset: after as many as the model can read"}
     )
@@ -109,7 +144,10 @@ class DataArguments:
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "processes that tokenize"})
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
+        for name in (
+            *("max_length", "max_source_length", "max_target_length"),
+            *("max_train_samples", "max_eval_samples", "preprocessing_num_workers"),
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; write a whole number from 1, or leave it out")

@@ -1,4 +1,4 @@
-"""The rows to train on and to evaluate on, as the user has them: not tokenized."""
+"""The rows to train on and to evaluate on, as the user has them: not tokenized, and images not as pixel values."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from hf_mbp.cli.arguments import DataArguments
+from hf_mbp.cli.digits import DIGITS, load_digits
 from hf_mbp.cli.errors import UserError, user_errors
 from hf_mbp.cli.sources import resolve_file
 
@@ -58,11 +59,13 @@ def load_splits(arguments: DataArguments, recipe_folder: Path, seed: int) -> Spl
 
 
 def load_file(path: Path) -> Dataset:
-    """Load one file, by its suffix.
+    """Load one file, by its suffix, or a folder of images.
 
     Raises:
         UserError: a suffix that is not known, or content that is not what the suffix says.
     """
+    if path.is_dir():
+        return load_image_folder(path)
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
@@ -78,6 +81,17 @@ def load_file(path: Path) -> Dataset:
             raise UserError(f"{path} has no rows") from error
         # datasets wraps the reader's own message, which has the line and the reason
         raise UserError(f"{path} cannot be read as {builder}: {error.__cause__ or error}") from error
+
+
+def load_image_folder(folder: Path) -> Dataset:
+    """Load the images of a folder; the ``label`` of each is the name of the folder it is in.
+
+    Raises:
+        UserError: there are no images.
+    """
+    with user_errors(f"folder {folder} cannot be read as images", (DatasetGenerationError, ValueError, OSError)):
+        # a pattern, because of a folder's name alone datasets would take folders called train and test for splits
+        return load_dataset("imagefolder", data_files={"train": [str(folder / "**")]}, split="train")
 
 
 def require_columns(splits: Splits, columns: dict[str, str | None]) -> None:
@@ -107,9 +121,8 @@ def _from_files(train_file: str, arguments: DataArguments, recipe_folder: Path) 
 
 
 def _from_hub(arguments: DataArguments) -> Splits:
-    name = arguments.dataset_name
-    with user_errors(f"data set {name} cannot be loaded from the Hub", (ValueError, OSError, DatasetGenerationError)):
-        loaded = load_dataset(name, arguments.dataset_config_name)
+    name = str(arguments.dataset_name)
+    loaded = load_digits() if name == DIGITS else _load_from_hub(name, arguments.dataset_config_name)
     validation = arguments.validation_split or ("validation" if "validation" in loaded else None)
     if arguments.validation_fraction is not None:
         validation = None
@@ -124,6 +137,11 @@ def _from_hub(arguments: DataArguments) -> Splits:
         train_origin=f"{name}, split {arguments.train_split}",
         validation_origin=f"{name}, split {validation or arguments.train_split}",
     )
+
+
+def _load_from_hub(name: str, config_name: str | None) -> DatasetDict:
+    with user_errors(f"data set {name} cannot be loaded from the Hub", (ValueError, OSError, DatasetGenerationError)):
+        return load_dataset(name, config_name)
 
 
 def _divide(splits: Splits, fraction: float, seed: int) -> Splits:

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_mbp.cli.arguments import ModelShape, TrainArguments
 from hf_mbp.cli.errors import UserError, keep_other_processes_quiet, run_reporting_errors, say, user_errors
 from hf_mbp.cli.models import described, load_config, load_model
-from hf_mbp.cli.plan import model_and_lengths
+from hf_mbp.cli.plan import row_sizes, set_up
 from hf_mbp.cli.recipe import Values, parse_options, read_recipe, recipe_parser
 from hf_mbp.estimate import MemoryEstimate, estimate_max_tokens, estimate_memory
 from hf_mbp.memory import parse_memory_limit
@@ -153,9 +153,12 @@ def _of_recipe(argv: Sequence[str], options: Options) -> Subject:
     if options.head is not None:
         raise UserError("command line: --head goes with a model; a recipe's task says which head it is")
     recipe = read_recipe(argv)
-    model, lengths = model_and_lengths(recipe)
+    setup = set_up(recipe)
+    widths = row_sizes(setup).sum(axis=1)
     given = {name: getattr(recipe.train, name) for name in _OF_TRAINING}
-    return Subject(model=model, width=int(lengths.max()), options=_training(given, recipe.model.attn_implementation))
+    return Subject(
+        model=setup.model, width=int(widths.max()), options=_training(given, recipe.model.attn_implementation)
+    )
 
 
 def _of_model(name: str, given: Values, options: Options) -> Subject:

@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from hf_mbp.cli.card import write_card
 from hf_mbp.cli.data import load_splits
 from hf_mbp.cli.dry_run import rehearse
 from hf_mbp.cli.errors import UserError, keep_other_processes_quiet, run_reporting_errors, say, user_errors
 from hf_mbp.cli.help import short_help
-from hf_mbp.cli.models import load_config, load_tokenizer
+from hf_mbp.cli.models import load_config
 from hf_mbp.cli.output import BEFORE_RESULTS, RECIPE, delete_run, find_checkpoint, refuse_other_run
 from hf_mbp.cli.padding import PaddingTotals
 from hf_mbp.cli.plots import plot_loss, plot_padding
 from hf_mbp.cli.recipe import Recipe, dump_recipe, read_recipe, recipe_parser
-from hf_mbp.cli.tasks import find_task
+from hf_mbp.cli.tasks import find_task, load_processor
 from hf_mbp.cli.tasks.base import TaskSetup
-from hf_mbp.cli.trainers import FinetuneTrainer
+from hf_mbp.trainer import MBPMixin
 
 Metrics = dict[str, Any]
 # Speeds of the loops; they are in the saved results, and too many for the screen.
@@ -52,7 +52,7 @@ def finetune(recipe: Recipe) -> None:
     checkpoint = find_checkpoint(recipe.train.resume_from_checkpoint, folder)
     refuse_other_run(folder, overwrite=recipe.run.overwrite_output_dir, resuming=checkpoint is not None)
     if recipe.run.dry_run:
-        rehearse(recipe, build_trainer)
+        rehearse(recipe, prepare, make_trainer)
         return
     trainer = build_trainer(recipe)
     _claim_folder(recipe, folder, resuming=checkpoint is not None)
@@ -69,30 +69,35 @@ def finetune(recipe: Recipe) -> None:
     trainer.end()
 
 
-def build_trainer(recipe: Recipe) -> FinetuneTrainer:
+def build_trainer(recipe: Recipe) -> MBPMixin:
     """Load data and model as the recipe's task wants them, and put them into a trainer."""
+    return make_trainer(recipe, *prepare(recipe))
+
+
+def prepare(recipe: Recipe) -> tuple[Any, TaskSetup]:
+    """Load the tokenizer, or what else prepares the rows, and what the task makes of data and model."""
     prepare_task = find_task(recipe.run.task)
     if recipe.train.device.type == "cpu" and "dataloader_pin_memory" not in recipe.given:
         recipe.train.dataloader_pin_memory = False  # nothing to pin for; torch would warn
     set_seed(recipe.train.seed)  # before the model is loaded: a new classification head is random
     with recipe.train.main_process_first(desc="preparing data"):
         config = load_config(recipe.model)
-        tokenizer = load_tokenizer(recipe.model, config)
+        processor = load_processor(recipe.run.task, recipe.model, config)
         splits = load_splits(recipe.data, recipe.folder, recipe.train.seed)
-        setup = prepare_task(splits, tokenizer, config, recipe.model, recipe.data)
-    return _trainer(recipe, tokenizer, setup)
+        return processor, prepare_task(splits, processor, config, recipe.model, recipe.data)
 
 
-def _trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, setup: TaskSetup) -> FinetuneTrainer:
+def make_trainer(recipe: Recipe, processor: Any, setup: TaskSetup) -> MBPMixin:
+    """Put what was prepared into the trainer of the task."""
     with user_errors("the trainer refuses"):
-        return FinetuneTrainer(
+        return setup.trainer_class(
             model=setup.model,
             args=recipe.train,
             mbp_config=recipe.mbp,
             train_dataset=setup.train,
             eval_dataset=setup.validation,
             data_collator=setup.collator,
-            processing_class=tokenizer,
+            processing_class=processor,
             compute_metrics=setup.compute_metrics,
             preprocess_logits_for_metrics=setup.preprocess_logits_for_metrics,
         )
@@ -109,7 +114,7 @@ def _claim_folder(recipe: Recipe, folder: Path, *, resuming: bool) -> None:
     PartialState().wait_for_everyone()
 
 
-def _evaluate_before(trainer: FinetuneTrainer, recipe: Recipe, folder: Path, *, resuming: bool) -> Metrics:
+def _evaluate_before(trainer: MBPMixin, recipe: Recipe, folder: Path, *, resuming: bool) -> Metrics:
     if not recipe.run.eval_before_training:
         return {}
     if resuming:  # the untrained model was evaluated when the run began
@@ -118,7 +123,7 @@ def _evaluate_before(trainer: FinetuneTrainer, recipe: Recipe, folder: Path, *, 
     return _evaluate(trainer, "eval_before")
 
 
-def _evaluate(trainer: FinetuneTrainer, prefix: str) -> Metrics:
+def _evaluate(trainer: MBPMixin, prefix: str) -> Metrics:
     if trainer.eval_dataset is None:
         return {}
     metrics: Metrics = trainer.evaluate(metric_key_prefix=prefix)
@@ -126,7 +131,7 @@ def _evaluate(trainer: FinetuneTrainer, prefix: str) -> Metrics:
     return metrics
 
 
-def _train(trainer: FinetuneTrainer, checkpoint: Path | None) -> Metrics:
+def _train(trainer: MBPMixin, checkpoint: Path | None) -> Metrics:
     try:
         metrics: Metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
     except ValueError as error:
@@ -137,7 +142,7 @@ def _train(trainer: FinetuneTrainer, checkpoint: Path | None) -> Metrics:
     return metrics
 
 
-def _draw(trainer: FinetuneTrainer, folder: Path, before: Metrics, trained: Metrics) -> None:
+def _draw(trainer: MBPMixin, folder: Path, before: Metrics, trained: Metrics) -> None:
     if find_spec("matplotlib") is None:
         say("matplotlib is not installed, so nothing is drawn; pip install 'hf-mbp[recipes]' brings it")
     elif trainer.is_world_process_zero():
@@ -145,7 +150,7 @@ def _draw(trainer: FinetuneTrainer, folder: Path, before: Metrics, trained: Metr
         plot_padding(trainer.state.log_history, PaddingTotals.from_metrics(trained), folder / "padding.png")
 
 
-def _publish(trainer: FinetuneTrainer) -> None:
+def _publish(trainer: MBPMixin) -> None:
     """Write the model card, and upload it where the model went when it was saved."""
     trainer.create_model_card()
     if trainer.args.push_to_hub:

@@ -1,4 +1,4 @@
-"""Accuracy, F1 and perplexity as ``evaluate`` metrics.
+"""Accuracy, F1, perplexity, exact match and ROUGE-L as ``evaluate`` metrics.
 
 ``evaluate.load("accuracy")`` would fetch the metric's code from the Hub; these need no network.
 """
@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -25,12 +27,13 @@ class _InMemoryMetric(evaluate.Metric):
 
     description = ""
     kind = "int64"
+    reference_kind = "int64"
 
     def __init__(self) -> None:
         super().__init__(keep_in_memory=True)
 
     def _info(self) -> evaluate.MetricInfo:
-        kinds = {"predictions": datasets.Value(self.kind), "references": datasets.Value("int64")}
+        kinds = {"predictions": datasets.Value(self.kind), "references": datasets.Value(self.reference_kind)}
         return evaluate.MetricInfo(
             description=self.description,
             citation="",
@@ -92,6 +95,58 @@ class Perplexity(_InMemoryMetric):
             return {"perplexity": math.exp(loss), "mean_loss": loss}
         except OverflowError:  # a model that has diverged
             return {"perplexity": math.inf, "mean_loss": loss}
+
+
+class _TextMetric(_InMemoryMetric):
+    """A metric of texts."""
+
+    kind = reference_kind = "string"
+
+
+class ExactMatch(_TextMetric):
+    """Share of texts that are the reference, character by character.
+
+    >>> ExactMatch().compute(predictions=["a b", "a  b"], references=["a b", "a b"])["exact_match"]
+    0.5
+    """
+
+    description = "share of texts that equal the reference"
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        same = [prediction == reference for prediction, reference in zip(predictions, references, strict=True)]
+        return {"exact_match": float(np.mean(same))}
+
+
+class RougeL(_TextMetric):
+    """ROUGE-L (Lin, 2004): how much of two texts is common, in the same order; averaged over the texts.
+
+    With the longest common subsequence of their words (runs of letters and digits, in lower case, not stemmed), of
+    length n: the harmonic mean of n / words of the prediction and n / words of the reference. Zero if n is.
+
+    >>> RougeL().compute(predictions=["the cat sat"], references=["The cat, it sat."])["rouge_l"]
+    0.8571428571428571
+    """
+
+    description = "F-measure of the longest common subsequence of words"
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        pairs = [(_words(p), _words(r)) for p, r in zip(predictions, references, strict=True)]
+        return {"rouge_l": float(np.mean([2 * _common(p, r) / max(1, len(p) + len(r)) for p, r in pairs]))}
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def _common(left: Sequence[str], right: Sequence[str]) -> int:
+    """Return the length of the longest common subsequence."""
+    row = [0] * (len(right) + 1)  # row[j]: of what was read of left, and the first j of right
+    for word in left:
+        before = row
+        row = [0]
+        for j, other in enumerate(right):
+            row.append(before[j] + 1 if word == other else max(before[j + 1], row[j]))
+    return row[-1]
 
 
 def cross_entropy(logits: Array, labels: Array) -> float:

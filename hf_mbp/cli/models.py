@@ -1,12 +1,14 @@
-"""Loading a tokenizer and a model, from the Hub, a folder or an installed package, GGUF included."""
+"""Loading a tokenizer or image processor and a model, from the Hub, a folder or an installed package, GGUF included."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoTokenizer,
     GgufConfig,
     PreTrainedConfig,
@@ -49,14 +51,22 @@ def load_tokenizer(arguments: ModelArguments, config: PreTrainedConfig) -> PreTr
     return tokenizer
 
 
+def load_image_processor(arguments: ModelArguments, config: PreTrainedConfig) -> Any:  # noqa: ARG001 - as the above
+    """Load what turns images into pixel values for the model."""
+    name = _model_name(arguments)
+    options = {"trust_remote_code": arguments.trust_remote_code, "revision": arguments.model_revision}
+    with user_errors(f"image processor of {name} cannot be loaded", (ValueError, OSError, ImportError)):
+        return AutoImageProcessor.from_pretrained(resolve_model(name), **options)
+
+
 def load_model(auto_class: Any, arguments: ModelArguments, **options: Any) -> PreTrainedModel:
-    """Load the weights with one of the ``AutoModelFor...`` classes.
+    """Load the weights with one of the ``AutoModelFor...`` classes, or make random ones, as a ``config_name`` asks.
 
     GGUF weights are de-quantized: as quantized ones they could not be trained. Of a :class:`ModelShape` nothing is
     loaded.
     """
-    if isinstance(arguments, ModelShape):
-        return _without_weights(auto_class, arguments, **options)
+    if isinstance(arguments, ModelShape) or arguments.config_name is not None:
+        return _from_config(auto_class, arguments, **options)
     name = _model_name(arguments)
     options["dtype"] = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     if arguments.gguf_file is not None:
@@ -68,10 +78,10 @@ def load_model(auto_class: Any, arguments: ModelArguments, **options: Any) -> Pr
     return model
 
 
-def _without_weights(
-    auto_class: Any, arguments: ModelShape, *, ignore_mismatched_sizes: bool = False, **changes: Any
+def _from_config(
+    auto_class: Any, arguments: ModelArguments, *, ignore_mismatched_sizes: bool = False, **changes: Any
 ) -> PreTrainedModel:
-    """A model made from its configuration, with parameters on the meta device."""
+    """A model made from its configuration: with random weights, or, if only its shape is wanted, on the meta device."""
     del ignore_mismatched_sizes  # there are no weights that could have another size
     config = load_config(arguments)
     for name, value in changes.items():
@@ -80,14 +90,15 @@ def _without_weights(
     options: dict[str, Any] = {"dtype": stored if arguments.dtype == "auto" else getattr(torch, arguments.dtype)}
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
-    with torch.device("meta"), user_errors(f"model {_model_name(arguments)} cannot be made", (ValueError, ImportError)):
+    device = torch.device("meta") if isinstance(arguments, ModelShape) else nullcontext()
+    with device, user_errors(f"model {_model_name(arguments)} cannot be made", (ValueError, ImportError)):
         model: PreTrainedModel = auto_class.from_config(
             config, trust_remote_code=arguments.trust_remote_code, **options
         )
     return model
 
 
-def length_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int | None:
+def length_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None, option: str = "max_length") -> int | None:
     """Return after how many tokens to cut a row: ``max_length``, or what the model can read, or ``None`` for no limit.
 
     Raises:
@@ -96,7 +107,7 @@ def length_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> 
     readable = tokenizer.model_max_length
     if max_length is not None and max_length > readable:
         raise UserError(
-            f"max_length is {max_length}, but the model reads at most {readable} tokens; write a smaller number"
+            f"{option} is {max_length}, but the model reads at most {readable} tokens; write a smaller number"
         )
     return max_length or (readable if readable < _NO_LIMIT else None)
 
@@ -112,9 +123,11 @@ def described(model: PreTrainedModel) -> str:
 
 
 def _model_name(arguments: ModelArguments) -> str:
-    if arguments.model_name_or_path is None:
+    """Where the configuration is, and what belongs to it; the weights, too, but for a new model."""
+    name = arguments.model_name_or_path or arguments.config_name
+    if name is None:
         raise UserError("model_name_or_path is missing: a model on the Hub, a folder, or package://NAME/FOLDER")
-    return arguments.model_name_or_path
+    return name
 
 
 def _hub_options(arguments: ModelArguments) -> dict[str, Any]:

@@ -9,12 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from transformers import PreTrainedModel
 
 from hf_mbp import memory
 from hf_mbp.cli.arguments import ModelArguments, ModelShape
@@ -28,10 +25,13 @@ from hf_mbp.cli.errors import (
     user_errors,
 )
 from hf_mbp.cli.help import option_sections
-from hf_mbp.cli.models import load_config, load_tokenizer
+from hf_mbp.cli.images import PIXELS
+from hf_mbp.cli.models import load_config
 from hf_mbp.cli.recipe import Recipe, read_recipe
-from hf_mbp.cli.tasks import find_task
+from hf_mbp.cli.tasks import find_task, load_processor
+from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tokenization import row_lengths
+from hf_mbp.collate import has_targets
 from hf_mbp.estimate import MemoryEstimate, estimate_memory
 from hf_mbp.fit import SAFETY, fit_budget
 from hf_mbp.plan import Budget, Cost, Ints, as_sizes, plan_rows
@@ -68,9 +68,13 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """A micro-batch: the lengths of its rows, the longest first. Its width is that of the longest."""
+    """A micro-batch: the lengths of its rows, the longest first, and what they are padded to.
+
+    A row of an encoder-decoder has two parts, source and target, each with a width of its own; its length is the sum.
+    """
 
     lengths: tuple[int, ...]
+    widths: tuple[int, ...]
 
     @property
     def rows(self) -> int:
@@ -79,8 +83,8 @@ class Group:
 
     @property
     def width(self) -> int:
-        """What the rows are padded to."""
-        return self.lengths[0]
+        """What the rows are padded to, all parts together."""
+        return sum(self.widths)
 
     @property
     def cells(self) -> int:
@@ -199,19 +203,21 @@ def plan_run(recipe: Recipe, device: torch.device) -> RunPlan:
     Raises:
         UserError: data or model cannot be loaded, or the model does not fit the limit.
     """
-    return plan_rows_of(recipe, device, *model_and_lengths(recipe))
+    return plan_of(recipe, device, set_up(recipe))
 
 
-def plan_rows_of(recipe: Recipe, device: torch.device, model: PreTrainedModel, lengths: Ints) -> RunPlan:
-    """`plan_run` for a model without weights and rows of lengths `[rows]` that are there already."""
+def plan_of(recipe: Recipe, device: torch.device, setup: TaskSetup) -> RunPlan:
+    """`plan_run` for a model without weights and rows that are there already."""
+    sizes = row_sizes(setup)
+    lengths = sizes.sum(axis=1)
     batch, accumulated = recipe.train.per_device_train_batch_size, recipe.train.gradient_accumulation_steps
-    estimator = _Estimator(recipe=recipe, model=model, device=device)
+    estimator = _Estimator(recipe=recipe, setup=setup, device=device)
     limit = _limit_bytes(recipe, device)
-    fitted = estimator.memory_model(int(lengths.max()), limit)
+    fitted = estimator.memory_model(sizes[lengths.argmax()], limit)
     budget = _budget(recipe, fitted)
-    cost = cost_of(model, device)
+    cost = cost_of(setup.model, device)
     num_steps = _num_steps(recipe, len(lengths))
-    batches = _draw_batches(lengths, batch, min(num_steps, MOST_STEPS) * accumulated, recipe.train.seed)
+    batches = _draw_batches(sizes, batch, min(num_steps, MOST_STEPS) * accumulated, recipe.train.seed)
     pools = [batches[i : i + accumulated] for i in range(0, len(batches), accumulated)]
     steps = tuple(
         StepPlan(split=_split(np.concatenate(pool), budget, cost), plain=tuple(_group(part) for part in pool))
@@ -226,20 +232,19 @@ def plan_rows_of(recipe: Recipe, device: torch.device, model: PreTrainedModel, l
         budget=budget,
         cost=cost,
         memory=fitted,
-        largest=(largest, estimator.estimate(largest.rows, largest.width)),
-        largest_plain=(largest_plain, estimator.estimate(largest_plain.rows, largest_plain.width)),
+        largest=(largest, estimator.estimate(largest.rows, largest.widths)),
+        largest_plain=(largest_plain, estimator.estimate(largest_plain.rows, largest_plain.widths)),
     )
 
 
-def model_and_lengths(recipe: Recipe) -> tuple[PreTrainedModel, Ints]:
-    """The recipe's model without weights, and the lengths of its training rows."""
+def set_up(recipe: Recipe) -> TaskSetup:
+    """What the task makes of model and data, but without weights."""
     prepare_task = find_task(recipe.run.task)
     shape = without_weights(recipe.model)
     config = load_config(shape)
-    tokenizer = load_tokenizer(shape, config)
+    processor = load_processor(recipe.run.task, shape, config)
     splits = load_splits(recipe.data, recipe.folder, recipe.train.seed)
-    setup = prepare_task(splits, tokenizer, config, shape, recipe.data)
-    return setup.model, lengths_of(setup.train)
+    return prepare_task(splits, processor, config, shape, recipe.data)
 
 
 def without_weights(model: ModelArguments) -> ModelShape:
@@ -247,9 +252,14 @@ def without_weights(model: ModelArguments) -> ModelShape:
     return ModelShape(**{field.name: getattr(model, field.name) for field in fields(model)})
 
 
-def lengths_of(rows: Dataset) -> Ints:
-    """Tokens of each row."""
-    return as_sizes(row_lengths(rows))[:, 0]
+def row_sizes(setup: TaskSetup) -> Ints:
+    """Tokens of each row `[rows, parts]`: of source and target where these are two; an image counts as one."""
+    if "input_ids" not in setup.train.column_names:
+        return np.ones((len(setup.train), 1), dtype=np.int64)
+    lengths = row_lengths(setup.train)
+    if not (has_targets(setup.model) and isinstance(setup.train[0]["labels"], list)):
+        return as_sizes(lengths)
+    return as_sizes(list(zip(lengths, row_lengths(setup.train, "labels"), strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,28 +267,38 @@ class _Estimator:
     """Estimates the memory of micro-batches under the options of a recipe."""
 
     recipe: Recipe
-    model: PreTrainedModel
+    setup: TaskSetup
     device: torch.device
 
-    def estimate(self, rows: int, width: int) -> MemoryEstimate:
+    def estimate(self, rows: int, widths: Sequence[int]) -> MemoryEstimate:
         train = self.recipe.train
         with user_errors("the memory cannot be predicted", (ValueError, ImportError)):
             return estimate_memory(
-                self.model,
+                self.setup.model,
                 rows,
-                width,
+                widths[0],
                 optimizer=str(getattr(train.optim, "value", train.optim)),
                 bf16=bool(train.bf16),
                 fp16=bool(train.fp16),
                 gradient_checkpointing=bool(train.gradient_checkpointing),
                 attn_implementation=self.recipe.model.attn_implementation,
+                target_width=widths[1] if len(widths) > 1 else None,
+                inputs=self._images if PIXELS in self.setup.train.column_names else None,
                 device=self.device.type,
             )
 
-    def memory_model(self, longest: int, limit: int | None) -> MemoryModel:
-        """Fitted as a run fits it: to a few small micro-batches."""
-        shapes, _ = probe_shapes(longest, is_cut=True)
-        estimates = [self.estimate(rows, width) for rows, width in shapes]
+    def _images(self, rows: int, _width: int) -> dict[str, torch.Tensor]:
+        """Inputs with images as large as the first of the data is."""
+        shape = self.setup.train[0][PIXELS].shape
+        labels = torch.empty(rows, dtype=torch.long, device="meta")
+        return {PIXELS: torch.empty((rows, *shape), device="meta"), "labels": labels}
+
+    def memory_model(self, longest: Ints, limit: int | None) -> MemoryModel:
+        """Fitted as a run fits it: to a few small micro-batches, of the longest row, its parts cut in proportion."""
+        length = int(longest.sum())
+        shapes, _ = probe_shapes(length, is_cut=length > 1)
+        cut = [(rows, tuple(max(1, round(part * width / length)) for part in longest)) for rows, width in shapes]
+        estimates = [self.estimate(rows, widths) for rows, widths in cut]
         resident = max(estimate.resident_bytes for estimate in estimates)
         if limit is not None and limit <= resident:
             raise UserError(
@@ -286,7 +306,8 @@ class _Estimator:
                 f"{memory.format_bytes(resident)}; raise it, or write another dtype, optim or model"
             )
         measured = [
-            (rows, width, estimate.activation_bytes) for (rows, width), estimate in zip(shapes, estimates, strict=True)
+            (rows, sum(widths), estimate.activation_bytes)
+            for (rows, widths), estimate in zip(cut, estimates, strict=True)
         ]
         room = math.inf if limit is None else limit - resident
         fit = fit_budget(measured, 0)
@@ -331,19 +352,20 @@ def _num_steps(recipe: Recipe, num_rows: int) -> int:
     return math.ceil(steps)
 
 
-def _draw_batches(lengths: Ints, batch_size: int, most: int, seed: int) -> list[Ints]:
-    """Random batches of lengths, as an epoch gives them; more than an epoch has are not needed to tell."""
-    order = np.random.default_rng(seed).permutation(len(lengths))
+def _draw_batches(sizes: Ints, batch_size: int, most: int, seed: int) -> list[Ints]:
+    """Random batches of rows' sizes, as an epoch gives them; more than an epoch has are not needed to tell."""
+    order = np.random.default_rng(seed).permutation(len(sizes))
     cuts = range(0, len(order), batch_size)
-    return [lengths[order[start : start + batch_size]] for start in cuts][:most]
+    return [sizes[order[start : start + batch_size]] for start in cuts][:most]
 
 
-def _split(lengths: Ints, budget: Budget, cost: Cost) -> tuple[Group, ...]:
-    return tuple(_group(lengths[rows]) for rows in plan_rows(lengths[:, None], budget, cost))
+def _split(sizes: Ints, budget: Budget, cost: Cost) -> tuple[Group, ...]:
+    return tuple(_group(sizes[rows]) for rows in plan_rows(sizes, budget, cost))
 
 
-def _group(lengths: Any) -> Group:
-    return Group(lengths=tuple(sorted((int(length) for length in lengths), reverse=True)))
+def _group(sizes: Ints) -> Group:
+    lengths: list[int] = sorted(sizes.sum(axis=1).tolist(), reverse=True)
+    return Group(lengths=tuple(lengths), widths=tuple(sizes.max(axis=0).tolist()))
 
 
 def as_text(plan: RunPlan, device: torch.device) -> str:

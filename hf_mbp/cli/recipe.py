@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments, RunArguments, TrainArguments
 from hf_mbp.cli.errors import UserError, user_errors
-from hf_mbp.cli.sources import resolve_file
+from hf_mbp.cli.sources import resolve_config, resolve_file
 from hf_mbp.config import MBPConfig
 
 OWN_CLASSES = (RunArguments, ModelArguments, DataArguments, MBPConfig)
@@ -34,7 +34,7 @@ class Recipe:
     """Everything a run was asked to do.
 
     ``given`` holds the values that the YAML file or the command line named, ``folder`` is where relative data paths
-    are looked up when they do not exist in the working directory.
+    are looked up when they do not exist in the working directory. The path of ``config_name`` is looked up already.
     """
 
     run: RunArguments
@@ -58,6 +58,8 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
     from_file = {} if file is None else read_yaml(parser, file)
     given = {**from_file, **from_command_line}
     folder = Path.cwd() if file is None else file.parent
+    if given.get("config_name") is not None:
+        given["config_name"] = resolve_config(given["config_name"], folder)
     with user_errors("bad option", (ValueError, TypeError, ImportError)):
         return Recipe(
             run=_fill(RunArguments, given),

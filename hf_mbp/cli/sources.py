@@ -36,10 +36,19 @@ def resolve_model(name_or_path: str) -> str:
 
 
 def resolve_file(path: str, recipe_folder: Path) -> Path:
-    """Return the data file at ``path``, looked up in the working directory, then in the recipe's folder."""
-    candidates = [Path(path).expanduser(), recipe_folder / path]
+    """Return the data file or folder at ``path``, looked up in the working directory, then in the recipe's folder."""
+    candidates = _candidates(path, recipe_folder)
     for candidate in candidates:
-        if candidate.is_file():
+        if candidate.exists():
             return candidate.resolve()
     looked_in = " and ".join(dict.fromkeys(str(c.absolute().parent) for c in candidates))
     raise UserError(f"no file {path}; looked in {looked_in}")
+
+
+def resolve_config(name: str, recipe_folder: Path) -> str:
+    """Return the folder of that name, looked up like a data file; a name on the Hub, or in a package, stays."""
+    return next((str(c.resolve()) for c in _candidates(name, recipe_folder) if c.is_dir()), name)
+
+
+def _candidates(path: str, recipe_folder: Path) -> list[Path]:
+    return [Path(path).expanduser(), recipe_folder / path]

@@ -17,27 +17,36 @@ CUT = "was_cut"
 
 
 def encode_rows(
-    rows: Dataset, encode: Callable[[Batch], Batch], *, name: str, limit: int | None, workers: int | None
+    rows: Dataset,
+    encode: Callable[[Batch], Batch],
+    *,
+    name: str,
+    limit: int | str | None,
+    workers: int | None,
+    option: str = "max_length",
 ) -> Dataset:
     """Replace a data set's columns with those that ``encode`` returns, say how long the rows are and how many were cut.
 
-    ``encode`` may return fewer rows than it was given: those without anything to learn from.
+    ``encode`` may return fewer rows than it was given: those without anything to learn from. ``option`` sets the
+    ``limit``, which is a number of tokens, or says in words what it is.
     """
+    if not isinstance(limit, str):
+        limit = f"{limit} tokens"
     encoded = rows.map(
         encode, batched=True, remove_columns=rows.column_names, num_proc=workers, desc=f"tokenizing {name} rows"
     )
     if len(encoded) == 0:
         raise UserError(
-            f"none of the {len(rows)} {name} rows has anything to learn from; look at the columns and max_length"
+            f"none of the {len(rows)} {name} rows has anything to learn from; look at the columns and {option}"
         )
     lengths = row_lengths(encoded)
     line = (
         f"{name}: {len(encoded):,} rows, tokens a row: median {statistics.median(lengths):.0f}, longest {max(lengths)}"
     )
     if num_cut := sum(encoded[CUT]):
-        line += f"; {num_cut:,} rows cut after {limit} tokens (max_length)"
+        line += f"; {num_cut:,} rows cut after {limit} ({option})"
     if len(encoded) < len(rows):
-        line += f"; {len(rows) - len(encoded):,} rows left out, which have nothing to learn from within {limit} tokens"
+        line += f"; {len(rows) - len(encoded):,} rows left out, which have nothing to learn from within {limit}"
     say(line)
     return encoded.remove_columns(CUT)
 
@@ -50,9 +59,9 @@ def rows_cut(encoded: BatchEncoding, limit: int | None) -> list[bool]:
     return [bool(encoding.overflowing) for encoding in encoded.encodings]
 
 
-def row_lengths(rows: Dataset) -> list[int]:
-    """Return the number of tokens of each row."""
-    return [len(ids) for ids in rows.with_format("arrow")["input_ids"].to_pylist()]
+def row_lengths(rows: Dataset, column: str = "input_ids") -> list[int]:
+    """Return the number of tokens of each row, or of its ``labels``."""
+    return [len(ids) for ids in rows.with_format("arrow")[column].to_pylist()]
 
 
 def longest_first(rows: Dataset) -> Dataset:

@@ -1,23 +1,29 @@
-"""MBPTrainer, with an evaluation loss that is a mean over the whole evaluation set, and a model card of its own."""
+"""The trainers of the tasks: an evaluation loss that is a mean over the whole set, and a model card of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_mbp.trainer import MBPTrainer
+from hf_mbp.trainer import MBPSeq2SeqTrainer, MBPTrainer
+
+if TYPE_CHECKING:
+    _Base = Any
+else:
+    _Base = object
 
 # Key under which compute_metrics returns the loss that is to be reported.
 MEAN_LOSS = "mean_loss"
 
 
-class FinetuneTrainer(MBPTrainer):
-    """Reports the evaluation loss that ``compute_metrics`` returns as ``mean_loss``.
+class TaskTrainer(_Base):
+    """Reports the evaluation loss that ``compute_metrics`` returns as ``mean_loss``; put it before a trainer's class.
 
     The stock loop averages the batches' means, each with the same weight: the last, smaller batch and, for language
-    models, the batches of short rows weigh too much, and the number changes with the batch size.
+    models, the batches of short rows weigh too much, and the number changes with the batch size. Where none is
+    returned, as for texts that were generated, the stock loss stays.
 
     Attributes:
         write_card: writes the model card, wherever Trainer would write its own: at the end, and before each upload.
@@ -39,3 +45,11 @@ class FinetuneTrainer(MBPTrainer):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             self.write_card()
+
+
+class FinetuneTrainer(TaskTrainer, MBPTrainer):
+    """`MBPTrainer`, for all tasks that need no other trainer."""
+
+
+class FinetuneSeq2SeqTrainer(TaskTrainer, MBPSeq2SeqTrainer):
+    """`MBPSeq2SeqTrainer`, which can generate texts in evaluation."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_mbp.cli import dry_run as dry_run_module
-from hf_mbp.cli.finetune import build_trainer, finetune, main
+from hf_mbp.cli.finetune import finetune, main, make_trainer, prepare
 from hf_mbp.cli.plan import plan_run
 from hf_mbp.cli.recipe import dump_recipe, read_recipe
 from hf_mbp.cli.trainers import FinetuneTrainer
@@ -32,11 +32,11 @@ def test_the_plan_is_shown_and_nothing_written(
 def test_weights_are_not_read_and_not_trained(recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[FinetuneTrainer] = []
 
-    def build(recipe: Any) -> FinetuneTrainer:
-        made.append(build_trainer(recipe))
+    def make(*args: Any) -> FinetuneTrainer:
+        made.append(make_trainer(*args))
         return made[0]
 
-    dry_run_module.rehearse(read_recipe([str(recipe())]), build)
+    dry_run_module.rehearse(read_recipe([str(recipe())]), prepare, make)
     assert {parameter.device.type for parameter in made[0].model.parameters()} == {"meta"}
     assert made[0].state.global_step == 0
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_mbp.cli.metrics import Accuracy, MacroF1, Perplexity, cross_entropy
+from hf_mbp.cli.metrics import Accuracy, ExactMatch, MacroF1, Perplexity, RougeL, cross_entropy
 from hf_mbp.cli.tasks.language_modeling import sum_log_likelihoods
 
 
@@ -75,3 +75,33 @@ def test_metrics_write_no_files(tmp_path: Path) -> None:
         metric.add_batch(predictions=[0, 1], references=[0, 0])
     assert [metric.compute()["accuracy"] for metric in metrics] == [0.5, 0.5]
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def plain_common(left: list[str], right: list[str]) -> int:
+    """The longest common subsequence, by trying."""
+    if not left or not right:
+        return 0
+    if left[0] == right[0]:
+        return 1 + plain_common(left[1:], right[1:])
+    return max(plain_common(left[1:], right), plain_common(left, right[1:]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rouge_l_and_exact_match(seed: int) -> None:
+    generator = random.Random(seed)
+    texts = [[generator.choice("abc") for _ in range(generator.randrange(8))] for _ in range(20)]
+    predictions, references = texts[:10], [*texts[10:19], texts[9]]
+    scores = []
+    for p, r in zip(predictions, references, strict=True):
+        common = plain_common(p, r)
+        precision, recall = common / max(1, len(p)), common / max(1, len(r))
+        scores.append(2 * precision * recall / (precision + recall) if common else 0.0)
+    written = {"predictions": [" ".join(p) for p in predictions], "references": [" ".join(r) for r in references]}
+    assert RougeL().compute(**written)["rouge_l"] == pytest.approx(sum(scores) / 10)
+    same = sum(p == r for p, r in zip(predictions, references, strict=True))
+    assert ExactMatch().compute(**written)["exact_match"] == same / 10 >= 0.1
+
+
+def test_rouge_l_reads_words_of_any_script_in_any_case() -> None:
+    score = RougeL().compute(predictions=["Ünter_den, LINDEN!", ""], references=["ünter den linden", ""])
+    assert score["rouge_l"] == 0.5

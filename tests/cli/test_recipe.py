@@ -133,6 +133,11 @@ def test_a_missing_file_is_named(parser: argparse.ArgumentParser) -> None:
             ["--train_file", "a", "--prompt_column", "p", "--answer_column", "a", "--messages_column", "m"],
             "write either prompt_column and answer_column, or messages_column",
         ),
+        (
+            ["--train_file", "a", "--config_name", "c", "--model_name_or_path", "m"],
+            r"write either model_name_or_path \(its weights\) or config_name \(random weights\), not both",
+        ),
+        (["--train_file", "a", "--max_target_length", "0"], "max_target_length is 0; write a whole number from 1"),
         (["--train_file", "a", "--dtype", "int8"], "dtype is 'int8'; write one of float32"),
         (["--train_file", "a", "--memory_limit", "lots"], "memory_limit='lots'"),
         (["--train_file", "a", "--max_tokens_per_micro_batch", "0"], "max_tokens_per_micro_batch"),
@@ -155,6 +160,17 @@ def test_the_saved_recipe_repeats_the_run(recipe: Callable[..., Path], tmp_path:
     assert not again.run.overwrite_output_dir  # or repeating a run would delete it
 
 
+def test_a_configuration_beside_the_recipe_is_found(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    (folder / "new_model").mkdir(parents=True)
+    file = recipe(model_name_or_path=None, config_name="new_model").rename(folder / "recipe.yaml")
+    first = read_recipe([str(file)])
+    assert first.model.config_name == str(folder / "new_model")
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(first), encoding="utf-8")
+    assert read_recipe([str(tmp_path / "recipe.yaml")]).model == first.model
+    assert read_recipe([str(file), "--config_name", "owner/model"]).model.config_name == "owner/model"
+
+
 def test_the_saved_recipe_has_no_secrets(recipe: Callable[..., Path]) -> None:
     assert "hf_secret" not in dump_recipe(read_recipe([str(recipe()), "--hub_token", "hf_secret"]))
 
@@ -171,3 +187,4 @@ def test_every_recipe_is_valid(file: Path) -> None:
     assert read.data.train_file is None or (file.parent / read.data.train_file).is_file()
     assert read.train.per_device_train_batch_size >= 32
     assert read.train.gradient_accumulation_steps == 1
+    assert read.model.config_name is None or Path(read.model.config_name, "config.json").is_file()

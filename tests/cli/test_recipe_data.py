@@ -4,10 +4,14 @@ import hashlib
 import json
 import lzma
 import re
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from make_dates import make_splits
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "recipes" / "data"
@@ -45,6 +49,23 @@ def test_no_e_mail_begins_with_headers() -> None:
     header = re.compile(r"\A(From|Return-Path|Received|Message-Id|Subject|X-[\w-]+|Delivered-To): ", re.IGNORECASE)
     rows = [row for split in ("train", "test") for row in read_rows(f"spam-{split}.jsonl.xz")]
     assert [row["text"][:60] for row in rows if header.match(row["text"])] == []
+
+
+def test_dates_are_made_again_alike() -> None:
+    assert {name: read_rows(f"dates-{name}.jsonl.xz") for name in ("train", "test")} == make_splits()
+
+
+def test_dates_are_right_and_those_of_the_test_are_in_no_training_row() -> None:
+    """Read back by the standard library, where it can."""
+    days = {name: [day for row in rows for day in row["iso"].split("/")] for name, rows in make_splits().items()}
+    assert not set(days["train"]) & set(days["test"])
+    read_back = 0
+    for row in make_splits()["test"]:
+        for pattern in ("%d.%m.%Y", "%b %d %Y", "%d %B %Y", "%A, %d %B %Y"):
+            with suppress(ValueError):
+                assert datetime.strptime(row["written"], pattern).date().isoformat() == row["iso"]
+                read_back += 1
+    assert read_back > 100
 
 
 def test_the_quickstart_installs_the_model_that_its_recipe_names() -> None:

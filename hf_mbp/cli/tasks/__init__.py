@@ -5,16 +5,28 @@ A new task is a module with a ``prepare`` function like those here, and a line i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from transformers import PreTrainedConfig
+
+from hf_mbp.cli.arguments import ModelArguments
 from hf_mbp.cli.errors import UserError
-from hf_mbp.cli.tasks import language_modeling, text_classification
+from hf_mbp.cli.models import load_image_processor, load_tokenizer
+from hf_mbp.cli.tasks import image_classification, language_modeling, sequence_to_sequence, text_classification
 from hf_mbp.cli.tasks.base import Prepare
 
 TASKS: Mapping[str, Prepare] = {
+    "image_classification": image_classification.prepare,
     "language_modeling": language_modeling.prepare,
+    "sequence_to_sequence": sequence_to_sequence.prepare,
     "text_classification": text_classification.prepare,
 }
+
+_PROCESSORS: Mapping[str, Callable[[ModelArguments, PreTrainedConfig], Any]] = {
+    "image_classification": load_image_processor,
+}
+"""What to load where it is no tokenizer."""
 
 
 def find_task(name: str) -> Prepare:
@@ -26,3 +38,8 @@ def find_task(name: str) -> Prepare:
     if name not in TASKS:
         raise UserError(f"task is {name!r}; write one of {', '.join(TASKS)}")
     return TASKS[name]
+
+
+def load_processor(task: str, arguments: ModelArguments, config: PreTrainedConfig) -> Any:
+    """Load what makes inputs of the rows of a task: the model's tokenizer, or its image processor."""
+    return _PROCESSORS.get(task, load_tokenizer)(arguments, config)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from datasets import Dataset
-from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
 from hf_mbp.cli.data import Splits
+from hf_mbp.cli.trainers import FinetuneTrainer
+from hf_mbp.trainer import MBPMixin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +20,7 @@ class TaskSetup:
     """A model with the tokenized rows to train and evaluate it on, and how to measure it.
 
     ``compute_metrics`` should return ``mean_loss``, too: the loss averaged over all that the evaluation set has of
-    what the loss counts.
+    what the loss counts. ``trainer_class`` is made with all of this.
     """
 
     model: PreTrainedModel
@@ -27,18 +29,23 @@ class TaskSetup:
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     preprocess_logits_for_metrics: Callable[[Any, Any], Any]
+    trainer_class: type[MBPMixin] = FinetuneTrainer
 
 
 class Prepare(Protocol):
-    """The signature of a task."""
+    """The signature of a task.
+
+    ``tokenizer`` is what ``load_processor`` loads for it: of images, the image processor.
+    """
 
     def __call__(
         self,
         splits: Splits,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         config: PreTrainedConfig,
         model_arguments: ModelArguments,
         data_arguments: DataArguments,
+        /,
     ) -> TaskSetup:
         """Check columns, tokenize, load the model.
 

@@ -160,10 +160,11 @@ def sum_log_likelihoods(logits: Any, labels: torch.Tensor) -> torch.Tensor:
     Evaluation would otherwise keep the logits of the whole evaluation set: 50,000 numbers a token.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
-    return torch.stack([_sum_row(row[:-1], row_labels[1:]) for row, row_labels in zip(logits, labels, strict=True)])
+    return torch.stack([sum_row(row[:-1], row_labels[1:]) for row, row_labels in zip(logits, labels, strict=True)])
 
 
-def _sum_row(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def sum_row(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return negative log-likelihood and number of the ``targets`` [width] of a row, by ``logits`` [width, ...]."""
     counted = targets != IGNORED  # row by row and only where there are labels: float32 logits of a batch are large
     loss = torch.nn.functional.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
     return torch.stack([loss, counted.sum().to(loss)])
