@@ -15,7 +15,11 @@ class RunArguments:
     """What to do."""
 
     task: str = field(
-        default="text_classification", metadata={"help": "what to train: text_classification, language_modeling"}
+        default="text_classification",
+        metadata={
+            "help": "what to train: text_classification, token_classification, question_answering, language_modeling,"
+            " masked_language_modeling"
+        },
     )
     eval_before_training: bool = field(
         default=True, metadata={"help": "evaluate the untrained model, too, so that the result can be compared"}
@@ -97,6 +101,34 @@ class DataArguments:
     messages_column: str | None = field(
         default=None, metadata={"help": "language modeling: whole conversations, lists of {role, content}"}
     )
+    words_column: str = field(default="words", metadata={"help": "token classification: column with lists of words"})
+    tags_column: str = field(
+        default="tags", metadata={"help": "token classification: column with lists of tags, names or integers"}
+    )
+    question_column: str = field(default="question", metadata={"help": "question answering: what is asked"})
+    context_column: str = field(
+        default="context", metadata={"help": "question answering: the text that has the answer"}
+    )
+    answers_column: str = field(
+        default="answers",
+        metadata={"help": "question answering: {text: [...], answer_start: [...]}, right answers and where they start"},
+    )
+    doc_stride: int = field(
+        default=128, metadata={"help": "question answering: tokens that windows of a long context have in common"}
+    )
+    max_answer_length: int = field(
+        default=30, metadata={"help": "question answering: look for no longer answer, in tokens"}
+    )
+    mlm_probability: float = field(
+        default=0.15, metadata={"help": "masked language modeling: share of the tokens that is hidden"}
+    )
+    preparation: str | None = field(
+        default=None,
+        metadata={
+            "help": "make the rows from others: tagged_words (words and tags from the text_column), glossary_questions"
+            " (answers from a question_column with terms and a context_column with what they mean)"
+        },
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "cut rows after so many tokens; unset: after as many as the model can read"}
     )
@@ -105,7 +137,10 @@ class DataArguments:
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "processes that tokenize"})
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
+        for name in (
+            *("max_length", "max_train_samples", "max_eval_samples", "preprocessing_num_workers"),
+            *("doc_stride", "max_answer_length"),
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; write a whole number from 1, or leave it out")
@@ -113,6 +148,8 @@ class DataArguments:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}; write a number between 0 and 1, such as 0.1"
             )
+        if not 0 < self.mlm_probability < 1:
+            raise ValueError(f"mlm_probability is {self.mlm_probability}; write a number between 0 and 1, such as 0.15")
         self._check_sources()
         self._check_columns()
 
