@@ -101,6 +101,19 @@ def length_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> 
     return max_length or (readable if readable < _NO_LIMIT else None)
 
 
+def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the tokenizer tells where in the text its tokens are.
+
+    Raises:
+        UserError: it is one in Python, which cannot.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer ({type(tokenizer).__name__}) does not tell where its tokens are in the text; use a model"
+            " that has a fast one (tokenizer.json), or name its tokenizer in tokenizer_name"
+        )
+
+
 def _model_name(arguments: ModelArguments) -> str:
     if arguments.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: a model on the Hub, a folder, or package://NAME/FOLDER")

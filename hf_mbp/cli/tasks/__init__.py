@@ -8,12 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hf_mbp.cli.errors import UserError
-from hf_mbp.cli.tasks import language_modeling, text_classification
+from hf_mbp.cli.tasks import (
+    language_modeling,
+    masked_language_modeling,
+    question_answering,
+    text_classification,
+    token_classification,
+)
 from hf_mbp.cli.tasks.base import Prepare
 
 TASKS: Mapping[str, Prepare] = {
     "language_modeling": language_modeling.prepare,
+    "masked_language_modeling": masked_language_modeling.prepare,
+    "question_answering": question_answering.prepare,
     "text_classification": text_classification.prepare,
+    "token_classification": token_classification.prepare,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,16 +110,26 @@ def find_labels(splits: Splits, column: str, config: PreTrainedConfig, *, new_he
             raise UserError(
                 f"{splits.train_origin}, column {column!r}: {value!r} is not a label; write names or integers"
             )
+    where = f"{splits.train_origin}, column {column!r}"
+    return choose_labels(values, feature, config, head="ForSequenceClassification", new_head=new_head, where=where)
+
+
+def choose_labels(
+    values: Sequence[Any], feature: Any, config: PreTrainedConfig, *, head: str, new_head: bool, where: str
+) -> Labels:
+    """Return the classes of a model that has such a ``head``, of the data set's ``feature``, or the different values.
+
+    Raises:
+        UserError: there is one value only.
+    """
     architectures = getattr(config, "architectures", None) or ()
-    if not new_head and any(name.endswith("ForSequenceClassification") for name in architectures):
+    if not new_head and any(name.endswith(head) for name in architectures):
         names = tuple(name for _, name in sorted((config.id2label or {}).items()))
         return Labels(names=names, origin="the model (to start a new head: new_head)")
     if isinstance(feature, ClassLabel):
         return Labels(names=tuple(feature.names), origin="the data set's own list of labels")
     if len(values) < 2:
-        raise UserError(
-            f"{splits.train_origin}, column {column!r}: all rows have the label {values[0]!r}; nothing to tell apart"
-        )
+        raise UserError(f"{where}: all rows have the label {values[0]!r}; nothing to tell apart")
     in_order = sorted(values) if all(isinstance(value, int) for value in values) else sorted(map(str, values))
     return Labels(names=tuple(map(str, in_order)), origin="the training data")
 
@@ -128,8 +138,9 @@ def _encode(
     rows: Dataset, name: str, labels: Labels, origin: str, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments
 ) -> Dataset:
     limit = length_limit(tokenizer, arguments.max_length)
-    values = _label_values(rows, arguments.label_column, labels)
-    rows = rows.add_column(_CLASS_ID, labels.ids(values, f"{origin}, column {arguments.label_column!r},"))
+    column = arguments.label_column
+    values = names_of(rows[column][:], rows.features[column], labels)
+    rows = rows.add_column(_CLASS_ID, labels.ids(values, f"{origin}, column {column!r},"))
 
     def encode(batch: Batch) -> Batch:
         pair = () if arguments.text_pair_column is None else (texts(batch, arguments.text_pair_column),)
@@ -145,10 +156,8 @@ def _encode(
     return encode_rows(rows, encode, name=name, limit=limit, workers=arguments.preprocessing_num_workers)
 
 
-def _label_values(rows: Dataset, column: str, labels: Labels) -> list[Any]:
-    """Return the labels as names, where the column has ids; an id out of range stays, to be reported."""
-    values = rows[column][:]
-    feature = rows.features[column]
+def names_of(values: Iterable[Any], feature: Any, labels: Labels) -> list[Any]:
+    """Return labels as names, where the column's ``feature`` has ids; an id out of range stays, to be reported."""
     names = feature.names if isinstance(feature, ClassLabel) else ()
     if all(re.fullmatch(r"LABEL_\d+", name) for name in labels.names):
         names = labels.names  # the model was saved without names for its classes: its ids are all there is
