@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,8 @@ class TestMetrics:
         start = np.array([[9, 1, 0], [9, 0, 2], [9, 2, 0]], dtype=np.float32)  # [CLS] is no answer
         end = np.array([[9, 1, 0], [9, 4, 1], [9, 0, 1]], dtype=np.float32)
         assert metrics.answers(start, end) == ["x", "b c"]
+        last_first = replace(metrics, rows=metrics.rows[::-1], starts=metrics.starts[::-1], ends=metrics.ends[::-1])
+        assert last_first.answers(start[::-1], end[::-1]) == ["x", "b c"]
         labels = (np.array([0, 1, 2]), np.array([0, 1, 2]))
         result = metrics(EvalPrediction(predictions=(start, end), label_ids=labels))
         losses = [
