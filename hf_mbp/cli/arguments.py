@@ -17,7 +17,8 @@ class RunArguments:
     task: str = field(
         default="text_classification",
         metadata={
-            "help": "what to train: image_classification, language_modeling, sequence_to_sequence, text_classification"
+            "help": "what to train: image_classification, language_modeling, masked_language_modeling,"
+            " question_answering, sequence_to_sequence, text_classification, token_classification"
         },
     )
     eval_before_training: bool = field(
@@ -136,6 +137,34 @@ class DataArguments:
     max_target_length: int | None = field(
         default=None, metadata={"help": "sequence to sequence: max_length of targets, also of those that are generated"}
     )
+    words_column: str = field(default="words", metadata={"help": "token classification: column with lists of words"})
+    tags_column: str = field(
+        default="tags", metadata={"help": "token classification: column with lists of tags, names or integers"}
+    )
+    question_column: str = field(default="question", metadata={"help": "question answering: what is asked"})
+    context_column: str = field(
+        default="context", metadata={"help": "question answering: the text that has the answer"}
+    )
+    answers_column: str = field(
+        default="answers",
+        metadata={"help": "question answering: {text: [...], answer_start: [...]}, right answers and where they start"},
+    )
+    doc_stride: int = field(
+        default=128, metadata={"help": "question answering: tokens that windows of a long context have in common"}
+    )
+    max_answer_length: int = field(
+        default=30, metadata={"help": "question answering: look for no longer answer, in tokens"}
+    )
+    mlm_probability: float = field(
+        default=0.15, metadata={"help": "masked language modeling: share of the tokens that is hidden"}
+    )
+    preparation: str | None = field(
+        default=None,
+        metadata={
+            "help": "make the rows from others: tagged_words (words and tags from the text_column), glossary_questions"
+            " (answers from a question_column with terms and a context_column with what they mean)"
+        },
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "cut rows after so many tokens; unset: after as many as the model can read"}
     )
@@ -145,7 +174,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         for name in (
-            *("max_length", "max_source_length", "max_target_length"),
+            *("max_length", "max_source_length", "max_target_length", "doc_stride", "max_answer_length"),
             *("max_train_samples", "max_eval_samples", "preprocessing_num_workers"),
         ):
             value = getattr(self, name)
@@ -155,6 +184,8 @@ class DataArguments:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}; write a number between 0 and 1, such as 0.1"
             )
+        if not 0 < self.mlm_probability < 1:
+            raise ValueError(f"mlm_probability is {self.mlm_probability}; write a number between 0 and 1, such as 0.15")
         self._check_sources()
         self._check_columns()
 

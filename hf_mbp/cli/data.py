@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
@@ -11,6 +11,7 @@ from datasets.exceptions import DatasetGenerationError
 from hf_mbp.cli.arguments import DataArguments
 from hf_mbp.cli.digits import DIGITS, load_digits
 from hf_mbp.cli.errors import UserError, user_errors
+from hf_mbp.cli.preparations import find_preparation
 from hf_mbp.cli.sources import resolve_file
 
 # Suffix -> builder of the datasets library and its options.
@@ -37,7 +38,7 @@ class Splits:
 
 
 def load_splits(arguments: DataArguments, recipe_folder: Path, seed: int) -> Splits:
-    """Load both splits, divide off ``validation_fraction``, and keep the first ``max_*_samples`` rows of each.
+    """Load both splits, divide off ``validation_fraction``, keep the first ``max_*_samples`` rows, prepare these.
 
     Raises:
         UserError: a file or split that is not there, cannot be read, or has no rows.
@@ -50,12 +51,12 @@ def load_splits(arguments: DataArguments, recipe_folder: Path, seed: int) -> Spl
         splits = _divide(splits, arguments.validation_fraction, seed)
     if splits.validation is not None:
         _refuse_empty(splits.validation, splits.validation_origin)
-    return Splits(
+    splits = replace(
+        splits,
         train=_first_rows(splits.train, arguments.max_train_samples),
         validation=splits.validation and _first_rows(splits.validation, arguments.max_eval_samples),
-        train_origin=splits.train_origin,
-        validation_origin=splits.validation_origin,
     )
+    return splits if arguments.preparation is None else _prepare(splits, arguments.preparation, arguments)
 
 
 def load_file(path: Path) -> Dataset:
@@ -155,6 +156,17 @@ def _divide(splits: Splits, fraction: float, seed: int) -> Splits:
         train_origin=splits.train_origin,
         validation_origin=f"{splits.train_origin} (validation_fraction)",
     )
+
+
+def _prepare(splits: Splits, name: str, arguments: DataArguments) -> Splits:
+    preparation = find_preparation(name)
+    require_columns(splits, {option: getattr(arguments, option) for option in preparation.options})
+    train = preparation.make(splits.train, arguments)
+    validation = splits.validation and preparation.make(splits.validation, arguments)
+    for rows, origin in ((train, splits.train_origin), (validation, splits.validation_origin)):
+        if rows is not None:
+            _refuse_empty(rows, f"{origin}, prepared as {name},")
+    return replace(splits, train=train, validation=validation)
 
 
 def _first_rows(rows: Dataset, limit: int | None) -> Dataset:

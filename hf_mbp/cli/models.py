@@ -122,6 +122,19 @@ def described(model: PreTrainedModel) -> str:
     return f"{type(model).__name__}, {total:,} parameters in {dtypes}{part}"
 
 
+def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the tokenizer tells where in the text its tokens are.
+
+    Raises:
+        UserError: it is one in Python, which cannot.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer ({type(tokenizer).__name__}) does not tell where its tokens are in the text; use a model"
+            " that has a fast one (tokenizer.json), or name its tokenizer in tokenizer_name"
+        )
+
+
 def _model_name(arguments: ModelArguments) -> str:
     """Where the configuration is, and what belongs to it; the weights, too, but for a new model."""
     name = arguments.model_name_or_path or arguments.config_name

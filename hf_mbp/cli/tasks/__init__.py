@@ -13,14 +13,25 @@ from transformers import PreTrainedConfig
 from hf_mbp.cli.arguments import ModelArguments
 from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.models import load_image_processor, load_tokenizer
-from hf_mbp.cli.tasks import image_classification, language_modeling, sequence_to_sequence, text_classification
+from hf_mbp.cli.tasks import (
+    image_classification,
+    language_modeling,
+    masked_language_modeling,
+    question_answering,
+    sequence_to_sequence,
+    text_classification,
+    token_classification,
+)
 from hf_mbp.cli.tasks.base import Prepare
 
 TASKS: Mapping[str, Prepare] = {
     "image_classification": image_classification.prepare,
     "language_modeling": language_modeling.prepare,
+    "masked_language_modeling": masked_language_modeling.prepare,
+    "question_answering": question_answering.prepare,
     "sequence_to_sequence": sequence_to_sequence.prepare,
     "text_classification": text_classification.prepare,
+    "token_classification": token_classification.prepare,
 }
 
 _PROCESSORS: Mapping[str, Callable[[ModelArguments, PreTrainedConfig], Any]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,8 @@ class Labels:
         Raises:
             UserError: a label that is none of the names.
         """
-        return self.ids(_label_values(rows, column, self), f"{origin}, column {column!r},")
+        values = names_of(rows[column][:], rows.features[column], self)
+        return self.ids(values, f"{origin}, column {column!r},")
 
 
 def find_labels(splits: Splits, column: str, config: PreTrainedConfig, *, head: str, new_head: bool) -> Labels:
@@ -66,6 +67,18 @@ def find_labels(splits: Splits, column: str, config: PreTrainedConfig, *, head: 
             raise UserError(
                 f"{splits.train_origin}, column {column!r}: {value!r} is not a label; write names or integers"
             )
+    where = f"{splits.train_origin}, column {column!r}"
+    return choose_labels(values, feature, config, head=head, new_head=new_head, where=where)
+
+
+def choose_labels(
+    values: Sequence[Any], feature: Any, config: PreTrainedConfig, *, head: str, new_head: bool, where: str
+) -> Labels:
+    """Return the classes of a model that has such a ``head``, of the data set's ``feature``, or the different values.
+
+    Raises:
+        UserError: there is one value only.
+    """
     architectures = getattr(config, "architectures", None) or ()
     if not new_head and any(name.endswith(head) for name in architectures):
         names = tuple(name for _, name in sorted((config.id2label or {}).items()))
@@ -73,17 +86,13 @@ def find_labels(splits: Splits, column: str, config: PreTrainedConfig, *, head: 
     if isinstance(feature, ClassLabel):
         return Labels(names=tuple(feature.names), origin="the data set's own list of labels")
     if len(values) < 2:
-        raise UserError(
-            f"{splits.train_origin}, column {column!r}: all rows have the label {values[0]!r}; nothing to tell apart"
-        )
+        raise UserError(f"{where}: all rows have the label {values[0]!r}; nothing to tell apart")
     in_order = sorted(values) if all(isinstance(value, int) for value in values) else sorted(map(str, values))
     return Labels(names=tuple(map(str, in_order)), origin="the training data")
 
 
-def _label_values(rows: Dataset, column: str, labels: Labels) -> list[Any]:
-    """Return the labels as names, where the column has ids; an id out of range stays, to be reported."""
-    values = rows[column][:]
-    feature = rows.features[column]
+def names_of(values: Iterable[Any], feature: Any, labels: Labels) -> list[Any]:
+    """Return labels as names, where the column's ``feature`` has ids; an id out of range stays, to be reported."""
     names = feature.names if isinstance(feature, ClassLabel) else ()
     if all(re.fullmatch(r"LABEL_\d+", name) for name in labels.names):
         names = labels.names  # the model was saved without names for its classes: its ids are all there is
