@@ -33,7 +33,8 @@ echo "== lint"
 echo "== types"
 "$venv/bin/mypy"
 echo "== documentation"
-NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build --strict --quiet
+# Not --quiet: it hides warnings from --strict, too.
+NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build --strict
 "$venv/bin/python" scripts/check_site.py build/site
 echo "== tests"
 "$venv/bin/python" -m pytest -n "$cores" --quiet "$@"

@@ -18,7 +18,7 @@ from tests.documents import DOCS, ROOT, blocks
 
 GUIDES = DOCS / "guides"
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-SECONDS = 150
+SECONDS = 240
 """Several times what a command needs."""
 
 QUIET = {

@@ -36,6 +36,12 @@ def test_the_reference_has_every_public_name_once() -> None:
     assert sorted(names) == sorted(hf_mbp.__all__)
 
 
+def test_warnings_are_errors() -> None:
+    """`--quiet` would hide them from `--strict`."""
+    (command,) = [line for line in (ROOT / "scripts" / "test.sh").read_text().splitlines() if 'mkdocs" build' in line]
+    assert command.endswith(" build --strict")
+
+
 def test_building_fetches_nothing() -> None:
     assert SITE["theme"]["font"] is False
     assert {name if isinstance(name, str) else next(iter(name)) for name in SITE["plugins"]} == {
