@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Creates a virtual environment, installs the package with its development tools, and runs lint, types and tests.
+# Creates a virtual environment, installs the package with its development tools, and runs lint, types and tests; builds
+# the documentation site, into build/site.
 #
 #   bash scripts/test.sh [arguments for pytest]
 #
@@ -31,5 +32,9 @@ echo "== lint"
 "$venv/bin/ruff" format --check .
 echo "== types"
 "$venv/bin/mypy"
+echo "== documentation"
+# Not --quiet: it hides warnings from --strict, too.
+NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build --strict
+"$venv/bin/python" scripts/check_site.py build/site
 echo "== tests"
 "$venv/bin/python" -m pytest -n "$cores" --quiet "$@"

@@ -7,22 +7,23 @@ from pathlib import Path
 import pytest
 from transformers import BertForSequenceClassification, BertModel, TrainingArguments
 
+from hf_mbp import MBPTrainer
 from tests.contrastive import pair_rows
+from tests.documents import DOCS, PAGES, ROOT, blocks, name_of
 from tests.helpers import Pad, bert_config, build, token_rows, tokenizer, with_labels
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").rglob("README.md"))]
+QUIET = {"use_cpu": True, "max_steps": 1, "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False}
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", page.read_text())
     local = [target for target in targets if "://" not in target]
     assert all((page.parent / target).is_file() for target in local)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_files_and_tests_that_are_named_exist(page: Path) -> None:
     text = page.read_text()
     functions = re.findall(r"`(test_\w+)`", text)
@@ -38,8 +39,7 @@ def test_the_tables_name_tests() -> None:
 
 
 def test_the_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (ROOT / "docs" / "other_trainers.md").read_text()
-    (program,) = re.findall(r"```python\n(from accelerate.*?)```", page, flags=re.DOTALL)
+    (program,) = [block for block in blocks(DOCS / "other_trainers.md", "python") if "run_mini_batch" in block]
     rows = with_labels(token_rows(), lambda index, row: index % 2)
     model = build(BertForSequenceClassification, bert_config())
     names = {"rows": rows, "model": model, "tokenizer": tokenizer()}
@@ -49,25 +49,62 @@ def test_the_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_contrastive_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (ROOT / "docs" / "contrastive.md").read_text()
-    (program,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (program,) = blocks(DOCS / "contrastive.md", "python")
     monkeypatch.chdir(tmp_path)
-    quiet = {"use_cpu": True, "max_steps": 1, "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False}
     model = build(BertModel, bert_config())
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     names = {
         **{"model": model, "pairs": pair_rows(), "pad_pairs": Pad()},
-        "TrainingArguments": partial(TrainingArguments, **quiet),
+        "TrainingArguments": partial(TrainingArguments, **QUIET),
     }
     exec(program, names)  # noqa: S102
     assert any(not before[name].equal(parameter) for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize("trainer", ["MBPSFTTrainer", "MBPSentenceTransformerTrainer"])
-def test_the_mixin_goes_before_the_trainer(trainer: str) -> None:
-    page = (ROOT / "docs" / "other_trainers.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    (program,) = [block for block in blocks if f"class {trainer}" in block]
+def test_the_example_of_evaluation_evaluates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (program,) = blocks(DOCS / "evaluation.md", "python")
+    monkeypatch.chdir(tmp_path)
+    seen: list[tuple[int, ...]] = []
+    names = {
+        "model": build(BertForSequenceClassification, bert_config()),
+        "MBPTrainer": partial(MBPTrainer, data_collator=Pad()),
+        "rows": with_labels(token_rows(), lambda index, row: index % 2),
+        "compute_metrics": lambda prediction: seen.append(prediction.predictions.shape) or {},
+        "TrainingArguments": partial(TrainingArguments, **QUIET),
+    }
+    exec(program, names)  # noqa: S102
+    assert seen == [(16,)]  # one class a row, not its logits
+
+
+def test_the_example_of_the_front_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (program,) = blocks(DOCS / "index.md", "python")
+    rows = with_labels(token_rows(), lambda index, row: index % 2)
+    names = {
+        **{"model": build(BertForSequenceClassification, bert_config()), "rows": rows, "tokenizer": tokenizer()},
+        "args": TrainingArguments(str(tmp_path), **QUIET),
+    }
+    exec(program, names)  # noqa: S102
+    assert names["trainer"].state.global_step == 1
+
+
+def test_the_example_of_estimates_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
+    (program,) = blocks(DOCS / "memory.md", "python")
+    assert 'for_model("bert")' in program
+    exec(program.replace('"bert"', '"bert", num_hidden_layers=1, hidden_size=48'), {})  # noqa: S102
+    assert "activations" in (told := capsys.readouterr().out)
+    assert told.rstrip().endswith(" tokens")
+
+
+@pytest.mark.parametrize(
+    ("page", "trainer"),
+    [
+        ("other_trainers.md", "MBPSFTTrainer"),
+        ("other_trainers.md", "MBPSentenceTransformerTrainer"),
+        ("migrating.md", "MBPDPOTrainer"),
+    ],
+)
+def test_the_mixin_goes_before_the_trainer(page: str, trainer: str) -> None:
+    (program,) = [block for block in blocks(DOCS / page, "python") if f"class {trainer}" in block]
     names: dict[str, type] = {}
     exec(program, names)  # noqa: S102
     assert names[trainer].__mro__[1].__name__ == "MBPMixin"
