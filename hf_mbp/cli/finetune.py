@@ -19,10 +19,10 @@ from hf_mbp.cli.models import load_config, load_tokenizer
 from hf_mbp.cli.output import BEFORE_RESULTS, RECIPE, delete_run, find_checkpoint, refuse_other_run
 from hf_mbp.cli.padding import PaddingTotals
 from hf_mbp.cli.plots import plot_loss, plot_padding
-from hf_mbp.cli.recipe import Recipe, dump_recipe, read_recipe, recipe_parser
+from hf_mbp.cli.recipe import Recipe, dump_recipe, find_task_name, read_recipe, recipe_parser
 from hf_mbp.cli.tasks import find_task
 from hf_mbp.cli.tasks.base import TaskSetup
-from hf_mbp.cli.trainers import FinetuneTrainer
+from hf_mbp.trainer import MBPMixin
 
 Metrics = dict[str, Any]
 # Speeds of the loops; they are in the saved results, and too many for the screen.
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; return its exit code (2 after a user's mistake, which is told in one line)."""
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help", "--help_all"} & set(argv):
-        say(recipe_parser().format_help() if "--help_all" in argv else short_help())
+        say(recipe_parser(find_task_name(argv)).format_help() if "--help_all" in argv else short_help())
         return 0
     keep_other_processes_quiet()
     show_traceback = any(word.startswith(("--debug_traceback", "--debug-traceback")) for word in argv)
@@ -62,7 +62,7 @@ def finetune(recipe: Recipe) -> None:
     trainer.end()
 
 
-def build_trainer(recipe: Recipe) -> FinetuneTrainer:
+def build_trainer(recipe: Recipe) -> MBPMixin:
     """Load data and model as the recipe's task wants them, and put them into a trainer."""
     prepare_task = find_task(recipe.run.task)
     if recipe.train.device.type == "cpu" and "dataloader_pin_memory" not in recipe.given:
@@ -76,19 +76,23 @@ def build_trainer(recipe: Recipe) -> FinetuneTrainer:
     return _trainer(recipe, tokenizer, setup)
 
 
-def _trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, setup: TaskSetup) -> FinetuneTrainer:
+def _trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, setup: TaskSetup) -> MBPMixin:
+    of_the_task = {
+        "data_collator": setup.collator,
+        "compute_metrics": setup.compute_metrics,
+        "preprocess_logits_for_metrics": setup.preprocess_logits_for_metrics,
+    }
     with user_errors("the trainer refuses"):
-        return FinetuneTrainer(
+        trainer: MBPMixin = setup.make_trainer(
             model=setup.model,
             args=recipe.train,
             mbp_config=recipe.mbp,
             train_dataset=setup.train,
             eval_dataset=setup.validation,
-            data_collator=setup.collator,
             processing_class=tokenizer,
-            compute_metrics=setup.compute_metrics,
-            preprocess_logits_for_metrics=setup.preprocess_logits_for_metrics,
+            **{name: value for name, value in of_the_task.items() if value is not None},
         )
+    return trainer
 
 
 def _claim_folder(recipe: Recipe, folder: Path, *, resuming: bool) -> None:
@@ -102,7 +106,7 @@ def _claim_folder(recipe: Recipe, folder: Path, *, resuming: bool) -> None:
     PartialState().wait_for_everyone()
 
 
-def _evaluate_before(trainer: FinetuneTrainer, recipe: Recipe, folder: Path, *, resuming: bool) -> Metrics:
+def _evaluate_before(trainer: MBPMixin, recipe: Recipe, folder: Path, *, resuming: bool) -> Metrics:
     if not recipe.run.eval_before_training:
         return {}
     if resuming:  # the untrained model was evaluated when the run began
@@ -111,7 +115,7 @@ def _evaluate_before(trainer: FinetuneTrainer, recipe: Recipe, folder: Path, *, 
     return _evaluate(trainer, "eval_before")
 
 
-def _evaluate(trainer: FinetuneTrainer, prefix: str) -> Metrics:
+def _evaluate(trainer: MBPMixin, prefix: str) -> Metrics:
     if trainer.eval_dataset is None:
         return {}
     metrics: Metrics = trainer.evaluate(metric_key_prefix=prefix)
@@ -119,7 +123,7 @@ def _evaluate(trainer: FinetuneTrainer, prefix: str) -> Metrics:
     return metrics
 
 
-def _train(trainer: FinetuneTrainer, checkpoint: Path | None) -> Metrics:
+def _train(trainer: MBPMixin, checkpoint: Path | None) -> Metrics:
     try:
         metrics: Metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
     except ValueError as error:
@@ -130,7 +134,7 @@ def _train(trainer: FinetuneTrainer, checkpoint: Path | None) -> Metrics:
     return metrics
 
 
-def _draw(trainer: FinetuneTrainer, folder: Path, before: Metrics, trained: Metrics) -> None:
+def _draw(trainer: MBPMixin, folder: Path, before: Metrics, trained: Metrics) -> None:
     if find_spec("matplotlib") is None:
         say("matplotlib is not installed, so nothing is drawn; pip install 'hf-mbp[recipes]' brings it")
     elif trainer.is_world_process_zero():

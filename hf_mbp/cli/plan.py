@@ -7,13 +7,13 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from hf_mbp import memory
 from hf_mbp.cli.arguments import ModelShape
@@ -30,6 +30,7 @@ from hf_mbp.cli.help import option_sections
 from hf_mbp.cli.models import load_config, load_tokenizer
 from hf_mbp.cli.recipe import Recipe, read_recipe
 from hf_mbp.cli.tasks import find_task
+from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tokenization import row_lengths
 from hf_mbp.estimate import MemoryEstimate, estimate_memory
 from hf_mbp.fit import SAFETY, fit_budget
@@ -199,9 +200,10 @@ def plan_run(recipe: Recipe, device: torch.device) -> RunPlan:
     Raises:
         UserError: data or model cannot be loaded, or the model does not fit the limit.
     """
-    model, lengths = _model_and_lengths(recipe)
+    setup = _setup(recipe)
+    model, lengths = setup.model, _lengths(recipe, setup)
     batch, accumulated = recipe.train.per_device_train_batch_size, recipe.train.gradient_accumulation_steps
-    estimator = _Estimator(recipe=recipe, model=model, device=device)
+    estimator = _Estimator(recipe=recipe, setup=setup, device=device)
     limit = _limit_bytes(recipe, device)
     fitted = estimator.memory_model(int(lengths.max()), limit)
     budget = _budget(recipe, fitted)
@@ -227,14 +229,23 @@ def plan_run(recipe: Recipe, device: torch.device) -> RunPlan:
     )
 
 
-def _model_and_lengths(recipe: Recipe) -> tuple[PreTrainedModel, Ints]:
+def _setup(recipe: Recipe) -> TaskSetup:
     prepare_task = find_task(recipe.run.task)
     shape = ModelShape(**{field.name: getattr(recipe.model, field.name) for field in fields(recipe.model)})
     config = load_config(shape)
     tokenizer = load_tokenizer(shape, config)
     splits = load_splits(recipe.data, recipe.folder, recipe.train.seed)
-    setup = prepare_task(splits, tokenizer, config, shape, recipe.data)
-    return setup.model, as_sizes(row_lengths(setup.train))[:, 0]
+    return prepare_task(splits, tokenizer, config, shape, recipe.data)
+
+
+def _lengths(recipe: Recipe, setup: TaskSetup) -> Ints:
+    """Of the rows that the trainer will have: it may pack those of the data set."""
+    rows = setup.train
+    if getattr(recipe.train, "packing", False):
+        from trl import pack_dataset
+
+        rows = pack_dataset(rows, recipe.data.max_length, recipe.train.packing_strategy)
+    return as_sizes(row_lengths(rows))[:, 0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,16 +253,17 @@ class _Estimator:
     """Estimates the memory of micro-batches under the options of a recipe."""
 
     recipe: Recipe
-    model: PreTrainedModel
+    setup: TaskSetup
     device: torch.device
 
     def estimate(self, rows: int, width: int) -> MemoryEstimate:
-        train = self.recipe.train
+        """Of so many rows of the data set; a pair is as wide as both its sides together."""
+        train, each = self.recipe.train, self.setup.rows_each
         with user_errors("the memory cannot be predicted", (ValueError, ImportError)):
-            return estimate_memory(
-                self.model,
-                rows,
-                width,
+            estimate = estimate_memory(
+                self.setup.model,
+                rows * each,
+                math.ceil(width / each),
                 optimizer=str(getattr(train.optim, "value", train.optim)),
                 bf16=bool(train.bf16),
                 fp16=bool(train.fp16),
@@ -259,6 +271,15 @@ class _Estimator:
                 attn_implementation=self.recipe.model.attn_implementation,
                 device=self.device.type,
             )
+        return replace(estimate, parameter_bytes=estimate.parameter_bytes + self._reference_bytes)
+
+    @cached_property
+    def _reference_bytes(self) -> int:
+        """Of a second model that is kept during training."""
+        if self.setup.reference is None or getattr(self.recipe.train, "precompute_ref_log_probs", False):
+            return 0
+        model = self.setup.reference()
+        return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
     def memory_model(self, longest: int, limit: int | None) -> MemoryModel:
         """Fitted as a run fits it: to a few small micro-batches."""

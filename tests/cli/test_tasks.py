@@ -41,7 +41,7 @@ def classify(model: Path, *labels: Any, validation: tuple[Any, ...] | None = Non
 
 
 def test_unknown_task() -> None:
-    with pytest.raises(UserError, match="task is 'chess'; write one of language_modeling, text_classification"):
+    with pytest.raises(UserError, match="task is 'chess'; write one of instruction_tuning, language_modeling, "):
         find_task("chess")
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hf_mbp.cli.errors import UserError
-from hf_mbp.cli.tasks import language_modeling, text_classification
+from hf_mbp.cli.tasks import instruction_tuning, language_modeling, preference_tuning, text_classification
 from hf_mbp.cli.tasks.base import Prepare
 
 TASKS: Mapping[str, Prepare] = {
+    "instruction_tuning": instruction_tuning.prepare,
     "language_modeling": language_modeling.prepare,
+    "preference_tuning": preference_tuning.prepare,
     "text_classification": text_classification.prepare,
 }
 
