@@ -162,6 +162,7 @@ def test_the_saved_recipe_has_no_secrets(recipe: Callable[..., Path]) -> None:
     assert "hf_secret" not in dump_recipe(read_recipe([str(recipe()), "--hub_token", "hf_secret"]))
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL's own default
 @pytest.mark.parametrize(
     "file",
     [file for file in sorted(RECIPES.glob("*/*.yaml")) if file.parent.name != "accelerate"],  # those are no recipes
