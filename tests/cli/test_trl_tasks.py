@@ -123,8 +123,6 @@ def test_adapters_learn_and_are_saved(sft: Callable[..., Path], tmp_path: Path, 
     assert results["eval_loss"] == pytest.approx(loss_by_hand(adapted, rows), rel=1e-5)
     assert results["eval_perplexity"] == pytest.approx(math.exp(results["eval_loss"]))
     assert AutoTokenizer.from_pretrained(run).chat_template is not None
-    logged = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    assert logged[-1]["eval_loss"] == results["eval_loss"]
 
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])
