@@ -8,7 +8,7 @@ over; the ranks then put them together once a step.
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,8 +37,11 @@ class CallMetrics:
         self._noted, self._tokens = {}, 0
 
     @contextmanager
-    def call(self, micro_batch: MicroBatch) -> Iterator[None]:
-        """Around a call of `compute_loss`: takes out what it notes; of fillers, only the names."""
+    def call(self, micro_batch: MicroBatch, *, is_gathered: bool = False) -> Iterator[None]:
+        """Around a call of `compute_loss`: takes out what it notes; of fillers, only the names.
+
+        With `is_gathered`, around a whole batch that all ranks have a part of: what is noted are numbers of all ranks.
+        """
         metrics = getattr(self._trainer, "_metrics", None)
         if not isinstance(metrics, dict) or self._mode not in metrics:
             yield
@@ -46,13 +49,14 @@ class CallMetrics:
         before, metrics[self._mode] = metrics[self._mode], defaultdict(list)
         tokens_before = getattr(self._trainer, TOKENS, 0)
         try:
-            with compat.local_gathers(self._trainer):
+            with nullcontext() if is_gathered else compat.local_gathers(self._trainer):
                 yield
+            metrics = self._trainer._metrics  # a copy by now, if something was tried meanwhile and put back
             self._note(metrics[self._mode], micro_batch)
             if micro_batch.num_rows:
                 self._tokens += getattr(self._trainer, TOKENS, 0) - tokens_before
         finally:
-            metrics[self._mode] = before
+            self._trainer._metrics[self._mode] = before
             if hasattr(self._trainer, TOKENS):
                 setattr(self._trainer, TOKENS, tokens_before)
 
@@ -98,6 +102,7 @@ def _weights(micro_batch: MicroBatch) -> dict[str, float]:
     chosen, rejected = (float(part.sum()) for part in mask[:, 1:].chunk(2))
     return {
         "": num_rows_of(micro_batch.inputs) / 2,
+        "loss": micro_batch.num_items,
         "entropy": chosen + rejected,
         "mean_token_accuracy": chosen,
         "logits/chosen": chosen,

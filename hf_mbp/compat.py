@@ -144,6 +144,14 @@ def local_gathers(trainer: Any) -> Iterator[None]:
         yield
 
 
+class TokenizedRows:
+    """Before a trainer of TRL that would tokenise its rows in any case: `DPOTrainer` does, those of `SFTTrainer` only
+    if they have no `input_ids` (1.16)."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset
+
+
 @contextmanager
 def unwrapped_in_losses(trainer: Any, modules: list[torch.nn.Module]) -> Iterator[None]:
     """Puts the model itself in the place of its DDP wrapper, where a loss holds on to that.

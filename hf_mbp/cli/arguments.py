@@ -17,8 +17,9 @@ class RunArguments:
     task: str = field(
         default="text_classification",
         metadata={
-            "help": "what to train: image_classification, language_modeling, masked_language_modeling,"
-            " question_answering, sequence_to_sequence, text_classification, token_classification"
+            "help": "what to train: image_classification, instruction_tuning, language_modeling,"
+            " masked_language_modeling, preference_tuning, question_answering, sequence_to_sequence,"
+            " text_classification, token_classification"
         },
     )
     eval_before_training: bool = field(
@@ -69,12 +70,27 @@ class ModelArguments:
         default=False, metadata={"help": "start a new classification head, though the model has one for other labels"}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
+    use_peft: bool = field(
+        default=False, metadata={"help": "train LoRA adapters alone: instruction_tuning, preference_tuning"}
+    )
+    lora_r: int = field(default=16, metadata={"help": "rank of the adapters"})
+    lora_alpha: int = field(default=32, metadata={"help": "what they add counts lora_alpha / lora_r times"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the adapters, 0 to 1"})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "layers that get adapters, or all-linear; unset: those that PEFT knows to suit the model"},
+    )
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
             raise ValueError(f"dtype is {self.dtype!r}; write one of {', '.join(get_args(Dtype))}")
         if self.model_name_or_path is not None and self.config_name is not None:
             raise ValueError("write either model_name_or_path (its weights) or config_name (random weights), not both")
+        for name in ("lora_r", "lora_alpha"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; write a whole number from 1, such as 16")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}; write a number from 0 to below 1, such as 0.05")
 
     @property
     def starts_new_head(self) -> bool:
@@ -165,6 +181,18 @@ class DataArguments:
             " (answers from a question_column with terms and a context_column with what they mean)"
         },
     )
+    assistant_only_loss: bool = field(
+        default=True, metadata={"help": "conversations: the loss is on what the assistant says, not on all of it"}
+    )
+    chosen_column: str | None = field(
+        default=None,
+        metadata={"help": "preferences: the better answer to prompt_column; or the whole conversation that ends in it"},
+    )
+    rejected_column: str | None = field(default=None, metadata={"help": "preferences: the worse one, as chosen_column"})
+    rejected_from_other_rows: bool = field(
+        default=False,
+        metadata={"help": "preferences: instead, the worse one is the chosen answer of another row, of like length"},
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "cut rows after so many tokens; unset: after as many as the model can read"}
     )
@@ -201,7 +229,7 @@ class DataArguments:
             raise ValueError(f"{' and '.join(given)} both say what to evaluate on; keep one of them")
 
     def _check_columns(self) -> None:
-        if (self.prompt_column is None) != (self.answer_column is None):
+        if self.chosen_column is None and (self.prompt_column is None) != (self.answer_column is None):
             raise ValueError("prompt_column and answer_column go together; one of them is missing")
         if self.prompt_column is not None and self.messages_column is not None:
             raise ValueError("write either prompt_column and answer_column, or messages_column, not both")

@@ -154,7 +154,7 @@ def _of_recipe(argv: Sequence[str], options: Options) -> Subject:
         raise UserError("command line: --head goes with a model; a recipe's task says which head it is")
     recipe = read_recipe(argv)
     setup = set_up(recipe)
-    widths = row_sizes(setup).sum(axis=1)
+    widths = row_sizes(recipe, setup).sum(axis=1)
     given = {name: getattr(recipe.train, name) for name in _OF_TRAINING}
     return Subject(
         model=setup.model, width=int(widths.max()), options=_training(given, recipe.model.attn_implementation)

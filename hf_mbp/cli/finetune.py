@@ -22,7 +22,7 @@ from hf_mbp.cli.models import load_config
 from hf_mbp.cli.output import BEFORE_RESULTS, RECIPE, delete_run, find_checkpoint, refuse_other_run
 from hf_mbp.cli.padding import PaddingTotals
 from hf_mbp.cli.plots import plot_loss, plot_padding
-from hf_mbp.cli.recipe import Recipe, dump_recipe, read_recipe, recipe_parser
+from hf_mbp.cli.recipe import Recipe, dump_recipe, find_task_name, read_recipe, recipe_parser
 from hf_mbp.cli.tasks import find_task, load_processor
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.trainer import MBPMixin
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code (2 after a user's mistake, 1 after a failure, told in one line)."""
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help", "--help_all"} & set(argv):
-        say(recipe_parser().format_help() if "--help_all" in argv else short_help())
+        say(recipe_parser(find_task_name(argv)).format_help() if "--help_all" in argv else short_help())
         return 0
     keep_other_processes_quiet()
     return run_reporting_errors(lambda: finetune(read_recipe(argv)), argv)
@@ -89,18 +89,22 @@ def prepare(recipe: Recipe) -> tuple[Any, TaskSetup]:
 
 def make_trainer(recipe: Recipe, processor: Any, setup: TaskSetup) -> MBPMixin:
     """Put what was prepared into the trainer of the task."""
+    of_the_task = {
+        "data_collator": setup.collator,
+        "compute_metrics": setup.compute_metrics,
+        "preprocess_logits_for_metrics": setup.preprocess_logits_for_metrics,
+    }
     with user_errors("the trainer refuses"):
-        return setup.trainer_class(
+        trainer: MBPMixin = setup.make_trainer(
             model=setup.model,
             args=recipe.train,
             mbp_config=recipe.mbp,
             train_dataset=setup.train,
             eval_dataset=setup.validation,
-            data_collator=setup.collator,
             processing_class=processor,
-            compute_metrics=setup.compute_metrics,
-            preprocess_logits_for_metrics=setup.preprocess_logits_for_metrics,
+            **{name: value for name, value in of_the_task.items() if value is not None},
         )
+    return trainer
 
 
 def _claim_folder(recipe: Recipe, folder: Path, *, resuming: bool) -> None:

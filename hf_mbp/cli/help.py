@@ -28,6 +28,8 @@ _END = """\
 training
   Every field of transformers.Seq2SeqTrainingArguments is an option, too: --output_dir, --learning_rate,
   --num_train_epochs, --per_device_train_batch_size, --seed, --bf16, ... --help_all lists them.
+  Tasks instruction_tuning and preference_tuning have those of trl.SFTConfig (--packing, --loss_type, ...) and
+  trl.DPOConfig (--beta, --loss_type, ...), with TRL's defaults; --task instruction_tuning --help_all lists them.
   --resume_from_checkpoint last (or a folder) goes on with an interrupted run."""
 
 _SECTIONS: tuple[tuple[str, type], ...] = (

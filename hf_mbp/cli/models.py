@@ -98,6 +98,16 @@ def _from_config(
     return model
 
 
+def with_adapters(model: PreTrainedModel, arguments: ModelArguments, adapters: Any) -> Any:
+    """Return the model as it is trained, where it only has its shape; else as it is: trainers put adapters in."""
+    if adapters is None or not isinstance(arguments, ModelShape):
+        return model
+    from peft import get_peft_model
+
+    with torch.device("meta"), user_errors(f"model {_model_name(arguments)} cannot have adapters"):
+        return get_peft_model(model, adapters)
+
+
 def length_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None, option: str = "max_length") -> int | None:
     """Return after how many tokens to cut a row: ``max_length``, or what the model can read, or ``None`` for no limit.
 

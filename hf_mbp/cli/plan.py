@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from hf_mbp.cli.models import load_config
 from hf_mbp.cli.recipe import Recipe, read_recipe
 from hf_mbp.cli.tasks import find_task, load_processor
 from hf_mbp.cli.tasks.base import TaskSetup
-from hf_mbp.cli.tokenization import row_lengths
+from hf_mbp.cli.tokenization import column_lengths, row_lengths
 from hf_mbp.collate import has_targets
 from hf_mbp.estimate import MemoryEstimate, estimate_memory
 from hf_mbp.fit import SAFETY, fit_budget
@@ -208,7 +209,7 @@ def plan_run(recipe: Recipe, device: torch.device) -> RunPlan:
 
 def plan_of(recipe: Recipe, device: torch.device, setup: TaskSetup) -> RunPlan:
     """`plan_run` for a model without weights and rows that are there already."""
-    sizes = row_sizes(setup)
+    sizes = row_sizes(recipe, setup)
     lengths = sizes.sum(axis=1)
     batch, accumulated = recipe.train.per_device_train_batch_size, recipe.train.gradient_accumulation_steps
     estimator = _Estimator(recipe=recipe, setup=setup, device=device)
@@ -252,14 +253,22 @@ def without_weights(model: ModelArguments) -> ModelShape:
     return ModelShape(**{field.name: getattr(model, field.name) for field in fields(model)})
 
 
-def row_sizes(setup: TaskSetup) -> Ints:
-    """Tokens of each row `[rows, parts]`: of source and target where these are two; an image counts as one."""
-    if "input_ids" not in setup.train.column_names:
-        return np.ones((len(setup.train), 1), dtype=np.int64)
-    lengths = row_lengths(setup.train)
-    if not (has_targets(setup.model) and isinstance(setup.train[0]["labels"], list)):
+def row_sizes(recipe: Recipe, setup: TaskSetup) -> Ints:
+    """Tokens of each row that the trainer will have, `[rows, parts]`; an image counts as one.
+
+    Source and target of an encoder-decoder are two parts. Packed rows are those that the trainer will put together.
+    """
+    rows = setup.train
+    if PIXELS in rows.column_names:
+        return np.ones((len(rows), 1), dtype=np.int64)
+    if getattr(recipe.train, "packing", False):
+        from trl import pack_dataset
+
+        rows = pack_dataset(rows, recipe.data.max_length, recipe.train.packing_strategy)
+    lengths = row_lengths(rows)
+    if not (has_targets(setup.model) and isinstance(rows[0]["labels"], list)):
         return as_sizes(lengths)
-    return as_sizes(list(zip(lengths, row_lengths(setup.train, "labels"), strict=True)))
+    return as_sizes(list(zip(lengths, column_lengths(rows, "labels"), strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,12 +280,13 @@ class _Estimator:
     device: torch.device
 
     def estimate(self, rows: int, widths: Sequence[int]) -> MemoryEstimate:
-        train = self.recipe.train
+        """Of so many rows of the data set; a pair is as wide as both its sides together."""
+        train, each = self.recipe.train, self.setup.rows_each
         with user_errors("the memory cannot be predicted", (ValueError, ImportError)):
-            return estimate_memory(
+            estimate = estimate_memory(
                 self.setup.model,
-                rows,
-                widths[0],
+                rows * each,
+                math.ceil(widths[0] / each),
                 optimizer=str(getattr(train.optim, "value", train.optim)),
                 bf16=bool(train.bf16),
                 fp16=bool(train.fp16),
@@ -286,6 +296,15 @@ class _Estimator:
                 inputs=self._images if PIXELS in self.setup.train.column_names else None,
                 device=self.device.type,
             )
+        return replace(estimate, parameter_bytes=estimate.parameter_bytes + self._reference_bytes)
+
+    @cached_property
+    def _reference_bytes(self) -> int:
+        """Of a second model that is kept during training."""
+        if self.setup.reference is None or getattr(self.recipe.train, "precompute_ref_log_probs", False):
+            return 0
+        model = self.setup.reference()
+        return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
     def _images(self, rows: int, _width: int) -> dict[str, torch.Tensor]:
         """Inputs with images as large as the first of the data is."""

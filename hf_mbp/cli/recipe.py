@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
-from hf_mbp.cli.arguments import DataArguments, ModelArguments, RunArguments, TrainArguments
+from hf_mbp.cli.arguments import DataArguments, ModelArguments, RunArguments
 from hf_mbp.cli.errors import UserError, user_errors
 from hf_mbp.cli.sources import resolve_config, resolve_file
+from hf_mbp.cli.training_arguments import TRL_TASKS, training_arguments
 from hf_mbp.config import MBPConfig
 
 OWN_CLASSES = (RunArguments, ModelArguments, DataArguments, MBPConfig)
-CLASSES = (*OWN_CLASSES, TrainArguments)
+DEFAULT_TASK = RunArguments().task
 # Never written to recipe.yaml: a run's folder is made to be shared.
 SECRETS = frozenset(("hub_token", "push_to_hub_token"))
 
@@ -41,7 +42,7 @@ class Recipe:
     model: ModelArguments
     data: DataArguments
     mbp: MBPConfig
-    train: TrainArguments
+    train: TrainingArguments
     given: Values
     folder: Path
 
@@ -52,7 +53,8 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
     Raises:
         UserError: an unknown key, a value of the wrong type, or a combination that makes no sense.
     """
-    parser = recipe_parser()
+    task = find_task_name(argv)
+    parser = recipe_parser(task)
     word, from_command_line = parse_options(parser, argv)
     file = None if word is None else Path(word)
     from_file = {} if file is None else read_yaml(parser, file)
@@ -60,13 +62,17 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
     folder = Path.cwd() if file is None else file.parent
     if given.get("config_name") is not None:
         given["config_name"] = resolve_config(given["config_name"], folder)
+    if given.get("packing") and given.get("max_length") is None:
+        raise UserError("packing needs max_length: rows are put together up to so many tokens; write one, such as 1024")
+    if given.get("use_peft") and task not in TRL_TASKS:
+        raise UserError(f"use_peft: adapters are trained by {' and '.join(TRL_TASKS)}, not by task {task}")
     with user_errors("bad option", (ValueError, TypeError, ImportError)):
         return Recipe(
             run=_fill(RunArguments, given),
             model=_fill(ModelArguments, given),
             data=_fill(DataArguments, given),
             mbp=_fill(MBPConfig, given),
-            train=_fill(TrainArguments, given),
+            train=_fill(training_arguments(task), given),
             given=given,
             folder=folder,
         )
@@ -85,9 +91,25 @@ class _Parser(HfArgumentParser):
         raise UserError(re.sub(r"^argument (--\w+)\S*:", r"\1:", message))
 
 
-def recipe_parser() -> argparse.ArgumentParser:
-    """Return the parser of all options. Abbreviations are off: a new option could change what they mean."""
-    parser: argparse.ArgumentParser = _Parser(CLASSES, prog="hf-mbp train", allow_abbrev=False)
+def find_task_name(argv: Sequence[str]) -> str:
+    """Return the task, which says what the other options are: on the command line, in the recipe, or the default.
+
+    Without the options it is not known which word is the recipe; it is taken to be one that ends like YAML.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    parser.add_argument("--task")
+    with user_errors("command line", argparse.ArgumentError):
+        known, rest = parser.parse_known_args(list(argv))
+    if known.task is not None:
+        return str(known.task)
+    files = [Path(word) for word in rest if word.endswith((".yaml", ".yml")) and Path(word).is_file()]
+    return str(_load_mapping(files[0]).get("task", DEFAULT_TASK)) if files else DEFAULT_TASK
+
+
+def recipe_parser(task: str = DEFAULT_TASK) -> argparse.ArgumentParser:
+    """Return the parser of a task's options. Abbreviations are off: a new option could change what they mean."""
+    classes = (*OWN_CLASSES, training_arguments(task))
+    parser: argparse.ArgumentParser = _Parser(classes, prog="hf-mbp train", allow_abbrev=False)
     parser.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="flat YAML file with any of the options below")
     return parser
 
@@ -114,7 +136,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple
         given, unknown = _parse_given(parser, argv)
     if unknown:
         raise UserError(
-            f"command line: {unknown[0]} is not an option{_close_matches(unknown[0].lstrip('-').split('=')[0])}"
+            f"command line: {unknown[0]} is not an option{_close_matches(parser, unknown[0].lstrip('-').split('=')[0])}"
         )
     return given.pop("recipe", None), given
 
@@ -122,7 +144,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple
 def _parse_given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Values, list[str]]:
     """Parse without filling in defaults: what is in the result was really written."""
     missing = object()
-    names = ("recipe", *(name for arguments in CLASSES for name in field_types(arguments)))
+    names = ("recipe", *_kinds(parser))
     namespace, unknown = parser.parse_known_args(list(argv), argparse.Namespace(**dict.fromkeys(names, missing)))
     return {name: value for name, value in vars(namespace).items() if value is not missing}, unknown
 
@@ -133,11 +155,11 @@ def read_yaml(parser: argparse.ArgumentParser, file: Path) -> Values:
     Raises:
         UserError: naming the file, and the key that is unknown, written twice or of the wrong type.
     """
-    kinds = {name: kind for arguments in CLASSES for name, kind in field_types(arguments).items()}
+    kinds = _kinds(parser)
     values: Values = {}
     for key, value in _load_mapping(file).items():
         if key not in kinds:
-            raise UserError(f"recipe {file}: {key!r} is not a known key{_close_matches(str(key))}")
+            raise UserError(f"recipe {file}: {key!r} is not a known key{_close_matches(parser, str(key))}")
         with user_errors(f"recipe {file}: key {key!r}", UserError):
             values[key] = _convert(parser, key, value, kinds[key])
     return values
@@ -176,9 +198,13 @@ def _wrong_kind(value: Any, kinds: tuple[type, ...]) -> str:
     return f"it is {'empty' if value is None else f'a {type(value).__name__}'}, but must be {wanted}"
 
 
-def _close_matches(name: str) -> str:
-    known = [key for arguments in CLASSES for key in field_types(arguments)]
-    close = difflib.get_close_matches(name.replace("-", "_"), known, n=3)
+def _kinds(parser: Any) -> dict[str, tuple[type, ...]]:
+    """The types of all options of a parser."""
+    return {name: kind for arguments in parser.dataclass_types for name, kind in field_types(arguments).items()}
+
+
+def _close_matches(parser: argparse.ArgumentParser, name: str) -> str:
+    close = difflib.get_close_matches(name.replace("-", "_"), list(_kinds(parser)), n=3)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 

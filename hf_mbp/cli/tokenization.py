@@ -10,6 +10,8 @@ from datasets import Dataset
 from transformers import BatchEncoding
 
 from hf_mbp.cli.errors import UserError, say
+from hf_mbp.collate import row_length
+from hf_mbp.row_lengths import known_lengths
 
 Batch = dict[str, list[Any]]
 # Column that a task's encoder adds: whether the row was longer than the limit.
@@ -40,8 +42,10 @@ def encode_rows(
             f"none of the {len(rows)} {name} rows has anything to learn from; look at the columns and {option}"
         )
     lengths = row_lengths(encoded)
+    row = "pair of rows" if "chosen_ids" in encoded.column_names else "row"
     line = (
-        f"{name}: {len(encoded):,} rows, tokens a row: median {statistics.median(lengths):.0f}, longest {max(lengths)}"
+        f"{name}: {len(encoded):,} rows, tokens a {row}: median {statistics.median(lengths):.0f},"
+        f" longest {max(lengths)}"
     )
     if num_cut := sum(encoded[CUT]):
         line += f"; {num_cut:,} rows cut after {limit} ({option})"
@@ -59,8 +63,14 @@ def rows_cut(encoded: BatchEncoding, limit: int | None) -> list[bool]:
     return [bool(encoding.overflowing) for encoding in encoded.encodings]
 
 
-def row_lengths(rows: Dataset, column: str = "input_ids") -> list[int]:
-    """Return the number of tokens of each row, or of its ``labels``."""
+def row_lengths(rows: Dataset) -> list[int]:
+    """Return the number of tokens of each row, as micro-batches count them: of a pair, of twice its longer side."""
+    known = known_lengths(rows)
+    return [row_length(row) for row in rows] if known is None else [int(length) for length in known]
+
+
+def column_lengths(rows: Dataset, column: str) -> list[int]:
+    """Return the number of tokens of each row in a column, such as ``labels``."""
     return [len(ids) for ids in rows.with_format("arrow")[column].to_pylist()]
 
 

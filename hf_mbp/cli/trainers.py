@@ -18,18 +18,30 @@ else:
 MEAN_LOSS = "mean_loss"
 
 
-class TaskTrainer(_Base):
+class WritesCard(_Base):
+    """Writes the model card of this command; put it before a trainer's class.
+
+    Attributes:
+        write_card: writes it, wherever Trainer would write its own: at the end, and before each upload.
+    """
+
+    write_card: Callable[[], None] | None = None
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card of this command, which says more than the stock one; until there is one, the stock one."""
+        if self.write_card is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            self.write_card()
+
+
+class TaskTrainer(WritesCard):
     """Reports the evaluation loss that ``compute_metrics`` returns as ``mean_loss``; put it before a trainer's class.
 
     The stock loop averages the batches' means, each with the same weight: the last, smaller batch and, for language
     models, the batches of short rows weigh too much, and the number changes with the batch size. Where none is
     returned, as for texts that were generated, the stock loss stays.
-
-    Attributes:
-        write_card: writes the model card, wherever Trainer would write its own: at the end, and before each upload.
     """
-
-    write_card: Callable[[], None] | None = None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Run the stock loop, then put the exact loss in the place of its own."""
@@ -38,13 +50,6 @@ class TaskTrainer(_Base):
         for key in [key for key in metrics if key.endswith(f"_{MEAN_LOSS}")]:
             metrics[key.removesuffix(MEAN_LOSS) + "loss"] = metrics.pop(key)
         return output
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card of this command, which says more than the stock one; until there is one, the stock one."""
-        if self.write_card is None:
-            super().create_model_card(*args, **kwargs)
-        elif self.is_world_process_zero():
-            self.write_card()
 
 
 class FinetuneTrainer(TaskTrainer, MBPTrainer):

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from hf_mbp.cli.errors import UserError
-from hf_mbp.cli.recipe import CLASSES, dump_recipe, field_types, read_recipe, read_yaml, recipe_parser
+from hf_mbp.cli.recipe import OWN_CLASSES, dump_recipe, field_types, read_recipe, read_yaml, recipe_parser
+from hf_mbp.cli.training_arguments import TRL_TASKS, training_arguments
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -27,8 +28,10 @@ def parse_yaml(parser: argparse.ArgumentParser, tmp_path: Path, text: str) -> di
     return read_yaml(parser, file)
 
 
-def test_no_option_is_in_two_classes() -> None:
-    counts = Counter(name for arguments in CLASSES for name in field_types(arguments))
+@pytest.mark.parametrize("task", ["text_classification", *TRL_TASKS])
+def test_no_option_is_in_two_classes(task: str) -> None:
+    classes = (*OWN_CLASSES, training_arguments(task))
+    counts = Counter(name for arguments in classes for name in field_types(arguments))
     assert [name for name, count in counts.items() if count > 1] == []
 
 
@@ -175,6 +178,7 @@ def test_the_saved_recipe_has_no_secrets(recipe: Callable[..., Path]) -> None:
     assert "hf_secret" not in dump_recipe(read_recipe([str(recipe()), "--hub_token", "hf_secret"]))
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL's own default
 @pytest.mark.parametrize(
     "file",
     [file for file in sorted(RECIPES.glob("*/*.yaml")) if file.parent.name != "accelerate"],  # those are no recipes

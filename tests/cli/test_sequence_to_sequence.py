@@ -186,7 +186,7 @@ def test_without_generation_the_loss_is_a_mean_over_tokens(text_recipe: Callable
 
 
 def test_the_trainer_is_the_one_that_generates(byte_model: Path) -> None:
-    assert issubclass(prepare(byte_model, rows(2)).trainer_class, MBPSeq2SeqTrainer)
+    assert issubclass(prepare(byte_model, rows(2)).make_trainer, MBPSeq2SeqTrainer)
 
 
 def test_plan_has_two_widths(text_recipe: Callable[..., Path]) -> None:

@@ -15,8 +15,10 @@ from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.models import load_image_processor, load_tokenizer
 from hf_mbp.cli.tasks import (
     image_classification,
+    instruction_tuning,
     language_modeling,
     masked_language_modeling,
+    preference_tuning,
     question_answering,
     sequence_to_sequence,
     text_classification,
@@ -26,8 +28,10 @@ from hf_mbp.cli.tasks.base import Prepare
 
 TASKS: Mapping[str, Prepare] = {
     "image_classification": image_classification.prepare,
+    "instruction_tuning": instruction_tuning.prepare,
     "language_modeling": language_modeling.prepare,
     "masked_language_modeling": masked_language_modeling.prepare,
+    "preference_tuning": preference_tuning.prepare,
     "question_answering": question_answering.prepare,
     "sequence_to_sequence": sequence_to_sequence.prepare,
     "text_classification": text_classification.prepare,

@@ -12,7 +12,6 @@ from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
 from hf_mbp.cli.data import Splits
 from hf_mbp.cli.trainers import FinetuneTrainer
-from hf_mbp.trainer import MBPMixin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,16 +19,20 @@ class TaskSetup:
     """A model with the tokenized rows to train and evaluate it on, and how to measure it.
 
     ``compute_metrics`` should return ``mean_loss``, too: the loss averaged over all that the evaluation set has of
-    what the loss counts. ``trainer_class`` is made with all of this.
+    what the loss counts. ``make_trainer`` takes what Trainer takes, and ``mbp_config``; it may have a collator and
+    metrics of its own, which are then ``None`` here. ``rows_each`` is how many rows of a batch a row of the data set
+    makes: 2 for a pair. ``reference`` loads a frozen model that training needs beside the one that is trained.
     """
 
     model: PreTrainedModel
     train: Dataset
     validation: Dataset | None
-    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
-    preprocess_logits_for_metrics: Callable[[Any, Any], Any]
-    trainer_class: type[MBPMixin] = FinetuneTrainer
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
+    preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None
+    make_trainer: Callable[..., Any] = FinetuneTrainer
+    rows_each: int = 1
+    reference: Callable[[], PreTrainedModel] | None = None
 
 
 class Prepare(Protocol):

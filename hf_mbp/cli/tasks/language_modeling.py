@@ -91,7 +91,10 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Ca
     """Return the function that gives token ids and labels of each row of a batch."""
     if arguments.messages_column is None and arguments.prompt_column is None:
         return lambda batch: (encode_text(tokenizer, text) for text in texts(batch, arguments.text_column))
-    return lambda batch: (encode_conversation(tokenizer, messages) for messages in _conversations(batch, arguments))
+    return lambda batch: (
+        encode_conversation(tokenizer, messages, assistant_only=arguments.assistant_only_loss)
+        for messages in _conversations(batch, arguments)
+    )
 
 
 def _conversations(batch: Batch, arguments: DataArguments) -> list[Messages]:
@@ -114,8 +117,10 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
     return ids, ids.copy()
 
 
-def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Encoded:
-    """Return a conversation's tokens in the tokenizer's chat template; labels are on what the assistant says.
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, *, assistant_only: bool = True
+) -> Encoded:
+    """Return a conversation's tokens in the tokenizer's chat template; labels are on what the assistant says, or all.
 
     Each piece is tokenized by itself, as at generation time, when the answer does not exist yet: no token spans the
     border.
@@ -123,10 +128,16 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
     ids: list[int] = []
     labels: list[int] = []
     for text, is_answer in split_conversation(tokenizer, messages):
-        piece: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        piece = encode_piece(tokenizer, text)
         ids += piece
-        labels += piece if is_answer else [IGNORED] * len(piece)
+        labels += piece if is_answer or not assistant_only else [IGNORED] * len(piece)
     return ids, labels
+
+
+def encode_piece(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the tokens of what the template has written, which are all there are."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    return ids
 
 
 def split_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Iterator[tuple[str, bool]]:

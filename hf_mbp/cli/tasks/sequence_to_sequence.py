@@ -27,7 +27,7 @@ from hf_mbp.cli.models import length_limit, load_model
 from hf_mbp.cli.tasks import language_modeling
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.language_modeling import IGNORED, sum_row
-from hf_mbp.cli.tokenization import CUT, Batch, encode_rows, longest_first, row_lengths, rows_cut, texts
+from hf_mbp.cli.tokenization import CUT, Batch, column_lengths, encode_rows, longest_first, rows_cut, texts
 from hf_mbp.cli.trainers import FinetuneSeq2SeqTrainer
 
 
@@ -55,7 +55,7 @@ def prepare(
     if splits.validation is not None:
         validation = longest_first(_encode(splits.validation, "validation", tokenizer, data_arguments))
     model = load_model(AutoModelForSeq2SeqLM, model_arguments)
-    _set_generation_length(model, data_arguments.max_target_length, max(row_lengths(train, "labels")))
+    _set_generation_length(model, data_arguments.max_target_length, max(column_lengths(train, "labels")))
     return TaskSetup(
         model=model,
         train=train,
@@ -64,7 +64,7 @@ def prepare(
         collator=DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORED),
         compute_metrics=metrics_with(tokenizer),
         preprocess_logits_for_metrics=tokens_or_sums,
-        trainer_class=FinetuneSeq2SeqTrainer,
+        make_trainer=FinetuneSeq2SeqTrainer,
     )
 
 
@@ -97,7 +97,7 @@ def _encode(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, argume
         option="max_source_length, max_target_length",
         workers=arguments.preprocessing_num_workers,
     )
-    lengths = row_lengths(encoded, "labels")
+    lengths = column_lengths(encoded, "labels")
     say(f"{name}: tokens a target: median {statistics.median(lengths):.0f}, longest {max(lengths)}")
     return encoded
 
