@@ -17,7 +17,7 @@ class RunArguments:
     task: str = field(
         default="text_classification",
         metadata={
-            "help": "what to train: image_classification, instruction_tuning, language_modeling,"
+            "help": "what to train: embedding, image_classification, instruction_tuning, language_modeling,"
             " masked_language_modeling, preference_tuning, question_answering, sequence_to_sequence,"
             " text_classification, token_classification"
         },
@@ -193,6 +193,11 @@ class DataArguments:
         default=False,
         metadata={"help": "preferences: instead, the worse one is the chosen answer of another row, of like length"},
     )
+    query_column: str = field(default="query", metadata={"help": "embedding: what is looked for"})
+    passage_column: str = field(default="passage", metadata={"help": "embedding: the text that is to be found"})
+    similarity_scale: float = field(
+        default=20.0, metadata={"help": "embedding: factor of the cosine similarities in the loss, 1 / temperature"}
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "cut rows after so many tokens; unset: after as many as the model can read"}
     )
@@ -214,6 +219,8 @@ class DataArguments:
             )
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"mlm_probability is {self.mlm_probability}; write a number between 0 and 1, such as 0.15")
+        if not self.similarity_scale > 0:
+            raise ValueError(f"similarity_scale is {self.similarity_scale}; write a number above 0, such as 20")
         self._check_sources()
         self._check_columns()
 

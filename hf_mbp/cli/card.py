@@ -24,6 +24,7 @@ from hf_mbp.cli.trainers import FinetuneTrainer
 Metrics = Mapping[str, Any]
 
 PIPELINE_TAGS: Mapping[str, str] = {
+    "embedding": "sentence-similarity",
     "image_classification": "image-classification",
     "language_modeling": "text-generation",
     "masked_language_modeling": "fill-mask",

@@ -14,6 +14,7 @@ from hf_mbp.cli.arguments import ModelArguments
 from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.models import load_image_processor, load_tokenizer
 from hf_mbp.cli.tasks import (
+    embedding,
     image_classification,
     instruction_tuning,
     language_modeling,
@@ -27,6 +28,7 @@ from hf_mbp.cli.tasks import (
 from hf_mbp.cli.tasks.base import Prepare
 
 TASKS: Mapping[str, Prepare] = {
+    "embedding": embedding.prepare,
     "image_classification": image_classification.prepare,
     "instruction_tuning": instruction_tuning.prepare,
     "language_modeling": language_modeling.prepare,
