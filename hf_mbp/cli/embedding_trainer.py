@@ -52,6 +52,24 @@ class EmbeddingTrainer(FinetuneTrainer):
         return torch.nn.functional.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
 
+class Embedder(torch.nn.Module):
+    """A model with a loss, any loss, to predict memory by: a pair takes no more than one text as long as both."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the mean of the last hidden states of ``[rows, width]``."""
+        return {"loss": self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.mean()}
+
+    @staticmethod
+    def inputs(rows: int, width: int) -> dict[str, torch.Tensor]:
+        """Return tokens without data."""
+        tokens = torch.empty(rows, width, dtype=torch.long, device="meta")
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
 def _mean_tokens(model: Any, inputs: dict[str, Any], side: str) -> torch.Tensor:
     mask = inputs[f"{side}_attention_mask"]
     hidden = model(input_ids=inputs[f"{side}_input_ids"], attention_mask=mask).last_hidden_state

@@ -284,7 +284,7 @@ class _Estimator:
         train, each = self.recipe.train, self.setup.rows_each
         with user_errors("the memory cannot be predicted", (ValueError, ImportError)):
             estimate = estimate_memory(
-                self.setup.model,
+                self.setup.model_with_loss or self.setup.model,
                 rows * each,
                 math.ceil(widths[0] / each),
                 optimizer=str(getattr(train.optim, "value", train.optim)),
@@ -293,7 +293,7 @@ class _Estimator:
                 gradient_checkpointing=bool(train.gradient_checkpointing),
                 attn_implementation=self.recipe.model.attn_implementation,
                 target_width=widths[1] if len(widths) > 1 else None,
-                inputs=self._images if PIXELS in self.setup.train.column_names else None,
+                inputs=self.setup.inputs_of,
                 device=self.device.type,
             )
         return replace(estimate, parameter_bytes=estimate.parameter_bytes + self._reference_bytes)
@@ -305,12 +305,6 @@ class _Estimator:
             return 0
         model = self.setup.reference()
         return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-
-    def _images(self, rows: int, _width: int) -> dict[str, torch.Tensor]:
-        """Inputs with images as large as the first of the data is."""
-        shape = self.setup.train[0][PIXELS].shape
-        labels = torch.empty(rows, dtype=torch.long, device="meta")
-        return {PIXELS: torch.empty((rows, *shape), device="meta"), "labels": labels}
 
     def memory_model(self, longest: Ints, limit: int | None) -> MemoryModel:
         """Fitted as a run fits it: to a few small micro-batches, of the longest row, its parts cut in proportion."""

@@ -9,7 +9,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
 from hf_mbp.cli.data import Splits, require_columns
-from hf_mbp.cli.embedding_trainer import SIDES, EmbeddingTrainer, PairCollator, retrieval_metrics
+from hf_mbp.cli.embedding_trainer import SIDES, Embedder, EmbeddingTrainer, PairCollator, retrieval_metrics
 from hf_mbp.cli.models import length_limit, load_model
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tokenization import CUT, Batch, encode_rows, rows_cut, texts
@@ -39,6 +39,8 @@ def prepare(
         validation=validation,
         collator=PairCollator(tokenizer),
         compute_metrics=retrieval_metrics,
+        model_with_loss=Embedder(model),
+        inputs_of=Embedder.inputs,
         make_trainer=partial(EmbeddingTrainer, similarity_scale=data_arguments.similarity_scale),
     )
 

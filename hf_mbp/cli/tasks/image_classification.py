@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForImageClassification, DefaultDataCollator, PreTrainedConfig
 
@@ -48,11 +50,19 @@ def prepare(
         say(f"{name}: {len(encoded):,} images of {' x '.join(map(str, encoded[0][PIXELS].shape))}")
         return encoded
 
+    train = encode(splits.train, "train", splits.train_origin)
     return TaskSetup(
-        train=encode(splits.train, "train", splits.train_origin),
+        train=train,
         validation=splits.validation and encode(splits.validation, "validation", splits.validation_origin),
         model=load_classifier(AutoModelForImageClassification, labels, model_arguments),
         collator=DefaultDataCollator(),
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=only_logits,
+        inputs_of=partial(_inputs, train[0][PIXELS].shape),
     )
+
+
+def _inputs(shape: torch.Size, rows: int, _width: int) -> dict[str, torch.Tensor]:
+    """Inputs without data, with images as large as the first of the data is."""
+    labels = torch.empty(rows, dtype=torch.long, device="meta")
+    return {PIXELS: torch.empty((rows, *shape), device="meta"), "labels": labels}
