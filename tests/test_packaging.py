@@ -98,7 +98,7 @@ except ImportError as error:
 def test_all_that_is_imported_is_declared() -> None:
     project = (ROOT / "pyproject.toml").read_text().split("dev = [")[0]
     declared = {name.lower() for name in re.findall(r'^\s*(?:recipes = \[)?"([\w-]+)', project, flags=re.MULTILINE)}
-    declared |= {name.lower() for name in re.findall(r'"([\w-]+)[>=]', project)} | {"yaml", "hf_mbp"}
+    declared |= {name.lower() for name in re.findall(r'"([\w-]+)[>=]', project)} | {"yaml", "sklearn", "hf_mbp"}
     assert {"torch", "numpy", "matplotlib", "pyyaml"} <= declared
     imported = set()
     for module in MODULES:

@@ -21,7 +21,7 @@ class PairCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return ``query_input_ids``, ``query_attention_mask`` and those of the passages; ``labels`` are all ones."""
-        padded = {}
+        padded: dict[str, torch.Tensor] = {}
         for side in SIDES:
             inputs = self._pad([{"input_ids": row[f"{side}_input_ids"]} for row in rows])
             padded |= {f"{side}_{name}": inputs[name] for name in ("input_ids", "attention_mask")}
