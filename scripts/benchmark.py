@@ -273,9 +273,9 @@ def main() -> int:
     """Measures and writes; the exit code is 2 after a mistake, 1 if a contestant failed."""
     options = parser().parse_args()
     if options.profile:
-        return run_reporting_errors(lambda: print_phases(options), show_traceback=False)
+        return run_reporting_errors(lambda: print_phases(options), sys.argv[1:])
     reports: list[dict[str, Any]] = []
-    mistake = run_reporting_errors(lambda: reports.append(report_on(options)), show_traceback=False)
+    mistake = run_reporting_errors(lambda: reports.append(report_on(options)), sys.argv[1:])
     if mistake:
         return mistake
     (report,) = reports

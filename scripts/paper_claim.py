@@ -187,7 +187,7 @@ def main() -> int:
     parser.add_argument("--output", help="where to write the report, without .md and .png [docs/paper_claim]")
     options = parser.parse_args()
     claims: list[Claim] = []
-    mistake = run_reporting_errors(lambda: claims.extend(measure(options)), show_traceback=False)
+    mistake = run_reporting_errors(lambda: claims.extend(measure(options)), sys.argv[1:])
     if mistake:
         return mistake
     text = "\n\n".join(verdict(claim) for claim in claims)

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_mbp import MBPConfig, MBPTrainer
 from hf_mbp.plan import Layout
-from tests.distributed.cases import CASES, Case, data_of, model_of, rows_of
+from tests.distributed.cases import CASES, Case, data_of, distributed_model_of, rows_of
 from tests.distributed.ending import leave
 from tests.helpers import Pad, arguments
 
@@ -110,7 +110,9 @@ class ReadRows:
 def read_by_stock(case: Case, folder: Path) -> list[list[list[int]]]:
     """The rows of each batch that stock gives this rank, for each epoch."""
     args = arguments_of(case, folder)
-    trainer = Trainer(model_of(case), args, train_dataset=data_of(case), data_collator=ReadRows(rows_of(case)))
+    trainer = Trainer(
+        distributed_model_of(case), args, train_dataset=data_of(case), data_collator=ReadRows(rows_of(case))
+    )
     loader = trainer.get_train_dataloader()
     epochs = []
     for epoch in range(STEPS_OF_STREAM if case.is_stream else 1):
@@ -122,7 +124,7 @@ def read_by_stock(case: Case, folder: Path) -> list[list[list[int]]]:
 def trainer_of(case: Case, folder: Path, **changes: Any) -> MBPTrainer:
     collates_in = "workers" if case.data == "collated in workers" else "main"
     return MBPTrainer(
-        model_of(case),
+        distributed_model_of(case),
         arguments_of(case, folder, **changes),
         train_dataset=data_of(case),
         data_collator=Pad(case.padding_side),

@@ -162,6 +162,11 @@ def model_of(case: Case) -> PreTrainedModel:
     return build(BertForTokenClassification, bert_config(num_labels=3))
 
 
+def distributed_model_of(case: Case) -> PreTrainedModel:
+    """The same as it is given to the trainer: ZeRO-3 takes no float64."""
+    return model_of(case).float() if case.is_zero else model_of(case)
+
+
 def rows_of(case: Case) -> list[Row]:
     """Rows of very uneven lengths, all different; only some of their tokens have labels."""
     rows = token_rows(case.rows)
