@@ -18,7 +18,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_mbp.cli.arguments import TrainArguments
-from hf_mbp.cli.errors import UserError, keep_other_processes_quiet, run_reporting_errors, say, user_errors
+from hf_mbp.cli.command import run_command
+from hf_mbp.cli.errors import UserError, say, user_errors
 from hf_mbp.cli.finetune import build_trainer
 from hf_mbp.cli.help import option_sections
 from hf_mbp.cli.recipe import Recipe, read_recipe
@@ -108,12 +109,7 @@ class Meter(TrainerCallback):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        say("\n\n".join((_INTRODUCTION, *option_sections())))
-        return 0
-    keep_other_processes_quiet()
-    return run_reporting_errors(lambda: _bench(argv), argv)
+    return run_command(argv, lambda _: "\n\n".join((_INTRODUCTION, *option_sections())), _bench)
 
 
 def _bench(argv: Sequence[str]) -> None:

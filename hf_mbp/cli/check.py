@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import textwrap
 from collections.abc import Sequence
 
+from hf_mbp.cli.command import run_command
 from hf_mbp.cli.errors import (
     EXIT_CODE,
     FAILED,
     UserError,
-    keep_other_processes_quiet,
-    run_reporting_errors,
     say,
     user_errors,
 )
@@ -44,13 +42,8 @@ check
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script; return its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        say("\n\n".join((_INTRODUCTION, *option_sections())))
-        return 0
-    keep_other_processes_quiet()
-    return run_reporting_errors(lambda: _check(argv), argv)
+    """Run the command; return its exit code."""
+    return run_command(argv, lambda _: "\n\n".join((_INTRODUCTION, *option_sections())), _check)
 
 
 def _check(argv: Sequence[str]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,7 +12,8 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_mbp.cli.arguments import ModelShape, TrainArguments
-from hf_mbp.cli.errors import UserError, keep_other_processes_quiet, run_reporting_errors, say, user_errors
+from hf_mbp.cli.command import run_command
+from hf_mbp.cli.errors import UserError, say, user_errors
 from hf_mbp.cli.models import described, load_config, load_model
 from hf_mbp.cli.plan import row_sizes, set_up
 from hf_mbp.cli.recipe import Values, parse_options, read_recipe, recipe_parser
@@ -91,12 +91,7 @@ class Subject:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        say(_INTRODUCTION)
-        return 0
-    keep_other_processes_quiet()
-    return run_reporting_errors(lambda: _estimate(argv), argv)
+    return run_command(argv, lambda _: _INTRODUCTION, _estimate)
 
 
 def _estimate(argv: Sequence[str]) -> None:

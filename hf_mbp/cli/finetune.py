@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -14,9 +13,10 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from hf_mbp.cli.card import write_card
+from hf_mbp.cli.command import HELP, run_command
 from hf_mbp.cli.data import load_splits
 from hf_mbp.cli.dry_run import rehearse
-from hf_mbp.cli.errors import UserError, keep_other_processes_quiet, run_reporting_errors, say, user_errors
+from hf_mbp.cli.errors import UserError, say, user_errors
 from hf_mbp.cli.help import short_help
 from hf_mbp.cli.models import load_config
 from hf_mbp.cli.output import BEFORE_RESULTS, RECIPE, delete_run, find_checkpoint, refuse_other_run
@@ -34,12 +34,12 @@ _UNREPORTED = ("_per_second", "_preparation_time")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code (2 after a user's mistake, 1 after a failure, told in one line)."""
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help", "--help_all"} & set(argv):
-        say(recipe_parser(find_task_name(argv)).format_help() if "--help_all" in argv else short_help())
-        return 0
-    keep_other_processes_quiet()
-    return run_reporting_errors(lambda: finetune(read_recipe(argv)), argv)
+    return run_command(argv, _help, lambda words: finetune(read_recipe(words)), help_words=(*HELP, "--help_all"))
+
+
+def _help(argv: Sequence[str]) -> str:
+    """The options of this library, or with ``--help_all`` all that the task has."""
+    return recipe_parser(find_task_name(argv)).format_help() if "--help_all" in argv else short_help()
 
 
 def finetune(recipe: Recipe) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -16,12 +15,11 @@ import torch
 
 from hf_mbp import memory
 from hf_mbp.cli.arguments import ModelArguments, ModelShape
+from hf_mbp.cli.command import run_command
 from hf_mbp.cli.data import load_splits
 from hf_mbp.cli.errors import (
     EXIT_CODE,
     UserError,
-    keep_other_processes_quiet,
-    run_reporting_errors,
     say,
     user_errors,
 )
@@ -154,13 +152,8 @@ class RunPlan:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script; return its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        say("\n\n".join((_INTRODUCTION, *option_sections())))
-        return 0
-    keep_other_processes_quiet()
-    return run_reporting_errors(lambda: _plan(argv), argv)
+    """Run the command; return its exit code."""
+    return run_command(argv, lambda _: "\n\n".join((_INTRODUCTION, *option_sections())), _plan)
 
 
 def _plan(argv: Sequence[str]) -> None:
