@@ -1,8 +1,13 @@
 """What a run keeps in its checkpoints: entries among the states of callbacks, which none of the callbacks reads."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+from hf_mbp.distributed import Ranks
+
+Kept = TypeVar("Kept")
 
 BUDGET, COST = "hf_mbp", "hf_mbp_cost"
 """Names of entries in `trainer.state.stateful_callbacks`: the profile of the budget, and the measured cost."""
@@ -17,6 +22,31 @@ def kept_entry(trainer: Any, name: str) -> dict[str, Any] | None:
 def keep_entry(trainer: Any, name: str, entry: dict[str, Any]) -> None:
     """Has checkpoints hold the entry from now on; it must go into JSON."""
     trainer.state.stateful_callbacks[name] = entry
+
+
+def kept_if_it_holds(
+    ranks: Ranks, read: Callable[[], tuple[Kept, str]], *, what: str, entry: str, anew: str
+) -> Kept | None:
+    """What an entry says, if it holds here, on all ranks alike; else warns why not, and returns `None`.
+
+    Args:
+        ranks: that go on together.
+        read: what it says, and why it does not hold; empty if it does.
+        what: it is, and `entry` the same where it cannot be read, and `anew` what is done instead, for the warning.
+    """
+    kept, reason = None, ""
+    try:
+        kept, reason = read()
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{entry} cannot be read ({error})"
+    if ranks.highest(bool(reason)) == 0:
+        return kept
+    warnings.warn(
+        f"{what} of the checkpoint does not hold here: {reason or 'so another process says'}. It is {anew} anew, so "
+        "the run will not repeat the earlier one bit for bit.",
+        stacklevel=3,
+    )
+    return None
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """The budget of a run: settled at its first step, changed by what the device says, and kept in its checkpoints."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
@@ -10,7 +9,7 @@ from hf_mbp import compat, control, memory
 from hf_mbp.control import Reading
 from hf_mbp.distributed import Ranks
 from hf_mbp.gauge import Gauge
-from hf_mbp.kept import BUDGET, keep_entry, kept_entry
+from hf_mbp.kept import BUDGET, keep_entry, kept_entry, kept_if_it_holds
 from hf_mbp.plan import Budget, Ints
 from hf_mbp.profile import Failure, Profile, difference, key_of
 from hf_mbp.rehearsal import rehearse
@@ -80,20 +79,12 @@ class RunBudget:
         kept = kept_entry(self._trainer, BUDGET)
         if not kept or kept.get("options") != self._options:
             return None
-        profile, reason = None, ""
-        try:
+
+        def read() -> tuple[Profile, str]:
             profile = Profile.from_json(kept)
-            reason = self._what_differs(profile)
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"its memory profile cannot be read ({error})"
-        if self._ranks.highest(bool(reason)) == 0:
-            return profile
-        warnings.warn(
-            f"The budget of the checkpoint does not hold here: {reason or 'so another process says'}. It is found "
-            "anew, so the run will not repeat the earlier one bit for bit.",
-            stacklevel=2,
-        )
-        return None
+            return profile, self._what_differs(profile)
+
+        return kept_if_it_holds(self._ranks, read, what="The budget", entry="its memory profile", anew="found")
 
     def _what_differs(self, profile: Profile) -> str:
         if profile.room is None:

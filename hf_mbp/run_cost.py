@@ -9,7 +9,6 @@ With `MBPConfig(calibrate=True)`:
        (`calibration.py`), and all later plans are made with these.
 """
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -18,7 +17,7 @@ from typing import Any
 from hf_mbp import wrapped
 from hf_mbp.calibration import Calibration, Timed, calibrated
 from hf_mbp.distributed import Ranks
-from hf_mbp.kept import COST, keep_entry, kept_entry
+from hf_mbp.kept import COST, keep_entry, kept_entry, kept_if_it_holds
 from hf_mbp.plan import Cost
 from hf_mbp.profile import difference, key_of
 from hf_mbp.sizing import cost_of
@@ -140,19 +139,11 @@ class RunCost:
         kept = kept_entry(self._trainer, COST)
         if kept is None:
             return None
-        calibration, reason = None, ""
-        try:
-            calibration, reason = _read(kept), difference(kept["key"], key_of(self._trainer))
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"it cannot be read ({error})"
-        if self._ranks.highest(bool(reason)) == 0:
-            return calibration
-        warnings.warn(
-            f"The measured cost of the checkpoint does not hold here: {reason or 'so another process says'}. It is "
-            "measured anew, so the run will not repeat the earlier one bit for bit.",
-            stacklevel=2,
-        )
-        return None
+
+        def read() -> tuple[Calibration, str]:
+            return _read(kept), difference(kept["key"], key_of(self._trainer))
+
+        return kept_if_it_holds(self._ranks, read, what="The measured cost", entry="it", anew="measured")
 
     def _keep(self, calibration: Calibration) -> None:
         entry = {"version": VERSION, "key": key_of(self._trainer), "calibration": calibration.to_json()}
