@@ -64,8 +64,9 @@ def has_token_labels(inputs: Inputs) -> bool:
     Not those of rows that are all empty: nothing can be tried with them.
     """
     labels = inputs.get("labels")
-    is_of_tokens = isinstance(labels, torch.Tensor) and labels.ndim >= 2 and not labels.is_floating_point()
-    return is_of_tokens and labels.numel() > 0
+    if not isinstance(labels, torch.Tensor) or labels.ndim < 2 or labels.is_floating_point():
+        return False
+    return labels.numel() > 0
 
 
 def is_regression(config: Any, labels: Any) -> bool:

@@ -77,7 +77,7 @@ class RunBudget:
     def _kept(self) -> Profile | None:
         """The profile of the run that is resumed, if it holds here, too."""
         kept = kept_entry(self._trainer, BUDGET)
-        if not kept or kept.get("options") != self._options:
+        if not kept or (isinstance(kept, dict) and kept.get("options") != self._options):
             return None
 
         def read() -> tuple[Profile, str]:
