@@ -40,25 +40,28 @@ from fuzzing.models import make_models
 from fuzzing.trial import Bench, Ending, Guard, Input, Trial, inside
 from marked_table import put_table
 
+LOGGING = (transformers.utils.logging, datasets.logging)
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "fuzzing.md"
 
 
 @contextmanager
 def bench() -> Iterator[Bench]:
     """A place for trials, with models beside it and caches of its own; libraries are quiet meanwhile."""
-    verbosity = transformers.utils.logging.get_verbosity()
+    verbosities = [library.get_verbosity() for library in LOGGING]
     with (
         tempfile.TemporaryDirectory(prefix="hf-mbp-fuzz-") as folder,
         inside(folder),
         mock.patch.object(datasets.config, "HF_DATASETS_CACHE", Path(folder, "cache")),
     ):
         make_models(Path("models"))
-        transformers.utils.logging.set_verbosity(logging.CRITICAL)
+        for library in LOGGING:
+            library.set_verbosity(logging.CRITICAL)
         datasets.disable_progress_bars()
         try:
             yield Bench(scratch=Path(folder), guard=Guard(), is_clear=is_clear)
         finally:
-            transformers.utils.logging.set_verbosity(verbosity)
+            for library, verbosity in zip(LOGGING, verbosities, strict=True):
+                library.set_verbosity(verbosity)
             datasets.enable_progress_bars()
 
 

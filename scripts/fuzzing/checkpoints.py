@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForTokenClassification, TrainingArgumen
 from fuzzing import tables
 from fuzzing.mutations import spoiled_bytes, spoiled_value
 from fuzzing.trial import Input, WorkBegins, inside
-from hf_mbp import MBPConfig, MBPTrainer
+from hf_mbp import MBPConfig, MBPMixin, MBPTrainer
 from hf_mbp.cli.main import main
 from hf_mbp.kept import BUDGET, COST
 
@@ -133,12 +133,12 @@ def make_checkpoint(random: Random) -> Input:
 
 @contextlib.contextmanager
 def before_first_step() -> Iterator[None]:
-    """Trials end where the first step would read its rows."""
+    """Trials end where the first step would compute."""
 
     def begin(*_: Any, **__: Any) -> Any:
         raise WorkBegins
 
-    with mock.patch.object(MBPTrainer, "get_batch_samples", begin):
+    with mock.patch.object(MBPMixin, "training_step", begin):
         yield
 
 

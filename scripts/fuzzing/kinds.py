@@ -19,7 +19,7 @@ import yaml
 from fuzzing import checkpoints, tables
 from fuzzing.mutations import ODD_VALUES, ODD_WORDS, spoiled_bytes
 from fuzzing.trial import Input, WorkBegins
-from hf_mbp.cli import bench, check, estimate, finetune, plan
+from hf_mbp.cli import bench, check, estimate, finetune, plan, plan_plot
 from hf_mbp.cli.main import COMMANDS, main
 from hf_mbp.cli.recipe import field_types, recipe_parser
 from hf_mbp.cli.tasks import TASKS
@@ -88,9 +88,10 @@ def _run_command(tried: Input) -> int | None:
 
 def make_recipe(random: Random) -> Input:
     """A recipe with odd values, or with broken text."""
-    keys = _tiny_recipe(random.choice(list(tables.TASKS)))
+    task = random.choice(list(tables.TASKS))
+    keys = _tiny_recipe(task)
     if random.randrange(3):
-        names = _options(keys["task"])
+        names = _options(task)
         for _ in range(random.randint(1, 3)):
             keys[random.choice(names)] = random.choice(ODD_VALUES)
         text = _as_yaml(random, keys)
@@ -98,7 +99,7 @@ def make_recipe(random: Random) -> Input:
         text = spoiled_bytes(random, _as_yaml(random, keys), YAML_WORDS)
     return Input(
         argv=("train", "recipe.yaml", "--dry_run"),
-        files={"recipe.yaml": text, **tables.right_files(keys["task"])},
+        files={"recipe.yaml": text, **tables.right_files(task)},
     )
 
 
@@ -142,6 +143,7 @@ def before_work() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in (plan, estimate):
             stack.enter_context(mock.patch.object(module, "estimate_memory", _remembered(module.estimate_memory)))
+        stack.enter_context(mock.patch.object(plan_plot, "plot_plan", _work_begins))
         stack.enter_context(mock.patch.object(check, "build_trainer", _work_begins))
         stack.enter_context(mock.patch.object(bench, "_in_own_process", _work_begins))
         stack.enter_context(mock.patch.object(finetune, "build_trainer", _work_begins))
@@ -187,9 +189,14 @@ def _right_words(command: str, task: str) -> list[str]:
     return [command, "recipe.yaml", *own, "--seed", "3", "--learning_rate=1e-4"]
 
 
+def _as_word(word: bytes) -> str:
+    """As Python gets it; no system lets zeros into a command line."""
+    return os.fsdecode(word.replace(b"\0", b""))
+
+
 def _spoiled_words(random: Random, words: list[str], task: str) -> list[str]:
     index = random.randrange(len(words))
-    odd = [str(value) for value in ODD_VALUES if "\0" not in str(value)]  # no system lets it into a command line
+    odd = [_as_word(str(value).encode("utf-8", "surrogatepass")) for value in ODD_VALUES]
     way = random.randrange(7)
     if way == 0:
         return words[:index] + words[index + 1 :] or ["train"]
@@ -198,7 +205,7 @@ def _spoiled_words(random: Random, words: list[str], task: str) -> list[str]:
     if way == 2:
         return [*words[:index], random.choice(odd), *words[index + 1 :]]
     if way == 3:
-        spoiled = os.fsdecode(spoiled_bytes(random, os.fsencode(words[index])).replace(b"\0", b""))
+        spoiled = _as_word(spoiled_bytes(random, os.fsencode(words[index])))
         return [*words[:index], spoiled, *words[index + 1 :]]
     option = random.choice(_options(task))
     name = random.choice((f"--{option}", f"--{option.replace('_', '-')}", f"--no_{option}", f"--{option[:-1]}"))
@@ -250,8 +257,9 @@ KINDS: Mapping[str, Kind] = {
 
 
 def is_clear(line: str, tried: Input) -> bool:
-    """Whether a message names what has to be looked at: an option, a file, the command line, a command."""
-    if "command line" in line or any(Path(name).name in line for name in tried.files):
+    """Whether a message names what has to be looked at: an option, a file, a split of the data, the command line."""
+    told = re.search("command line|is not a command|error: recipe|(train|validation) rows", line)
+    if told or any(Path(name).name in line for name in tried.files):
         return True
     words = set(re.findall(r"\w+", line))
     return bool(words & _names())
@@ -260,4 +268,4 @@ def is_clear(line: str, tried: Input) -> bool:
 @cache
 def _names() -> frozenset[str]:
     tasks = (name for task in TASKS for name in _options(task))
-    return frozenset((*tasks, *STARTS_PROCESSES, *COMMANDS))
+    return frozenset((*tasks, *STARTS_PROCESSES))

@@ -68,11 +68,18 @@ class Guard:
     Compiled code that opens files by itself is not seen; what it does is looked for in the folder of the trial.
     """
 
-    EVENTS: Mapping[str, tuple[int, ...]] = {
-        **{"os.mkdir": (0,), "os.remove": (0,), "os.rmdir": (0,), "os.rename": (0, 1), "os.link": (1,)},
-        **{"os.symlink": (1,), "os.truncate": (0,), "os.chmod": (0,), "socket.connect": (1,)},
+    EVENTS: Mapping[str, tuple[tuple[int, int | None], ...]] = {
+        "os.mkdir": ((0, 2),),
+        "os.remove": ((0, 1),),
+        "os.rmdir": ((0, 1),),
+        "os.rename": ((0, 2), (1, 3)),
+        "os.link": ((1, 3),),
+        "os.symlink": ((1, 2),),
+        "os.truncate": ((0, None),),
+        "os.chmod": ((0, 2),),
+        "socket.connect": ((1, None),),
     }
-    """What the interpreter tells of, and which of its arguments are places."""
+    """What the interpreter tells of, and which of its arguments are places, each with the folder it is relative to."""
 
     def __init__(self) -> None:
         self._allowed: tuple[str, ...] = ()
@@ -94,14 +101,18 @@ class Guard:
             return
         places = self.EVENTS.get(event, ())
         if event == "open" and isinstance(values[2], int) and values[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            places = (0,)
-        for place in places:
-            self._note(event, values[place])
+            places = ((0, None),)
+        for place, folder in places:
+            self._note(event, values[place], -1 if folder is None else values[folder])
 
-    def _note(self, event: str, where: Any) -> None:
+    def _note(self, event: str, where: Any, folder: int) -> None:
         if isinstance(where, int):  # a file that is open already
             return
-        path = os.path.abspath(os.fsdecode(where)) if isinstance(where, (str, bytes, os.PathLike)) else str(where)
+        if not isinstance(where, (str, bytes, os.PathLike)):
+            self.elsewhere.append(f"{event} {where}")
+            return
+        base = os.getcwd() if folder == -1 else os.readlink(f"/proc/self/fd/{folder}")
+        path = os.path.normpath(os.path.join(base, os.fsdecode(where)))
         if not path.startswith((*self._allowed, "/dev/null", "/proc/self/")):  # a peak is read anew by writing there
             self.elsewhere.append(f"{event} {path}")
 
@@ -146,7 +157,8 @@ def _listed(folder: Path) -> set[str]:
 
 def _caught(run: Say) -> tuple[int | None, str]:
     """The exit code, and what was said; `None` for an exception."""
-    out, said = io.StringIO(), io.StringIO()
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")  # as a terminal, which takes no halves of characters
+    said = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
