@@ -27,13 +27,18 @@ def prepare(
 
     setup = language_modeling.prepare(splits, tokenizer, config, model_arguments, data_arguments)
     adapters = lora_config(model_arguments)
+    model = with_adapters(setup.model, model_arguments, adapters)
     return replace(
         setup,
-        model=with_adapters(setup.model, model_arguments, adapters),
+        model=model,
         collator=None,
         compute_metrics=None,
         preprocess_logits_for_metrics=None,
-        make_trainer=partial(make_trainer, max_length=data_arguments.max_length, peft_config=adapters),
+        make_trainer=partial(
+            make_trainer,
+            max_length=data_arguments.max_length,
+            peft_config=adapters if model is setup.model else None,  # else it has them
+        ),
     )
 
 

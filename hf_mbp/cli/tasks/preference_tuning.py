@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -53,11 +55,17 @@ def prepare(
         return model
 
     reference = load if adapters is None else None  # else it is the model without its adapters
+    base = load()
+    model = with_adapters(base, model_arguments, adapters)
     return TaskSetup(
-        model=with_adapters(load(), model_arguments, adapters),
+        model=model,
         train=train,
         validation=validation,
-        make_trainer=partial(make_trainer, reference=reference, peft_config=adapters),
+        make_trainer=partial(
+            make_trainer,
+            reference=reference,
+            peft_config=adapters if model is base else None,  # else it has them
+        ),
         rows_each=2,
         reference=reference,
     )
@@ -68,7 +76,10 @@ def make_trainer(*, args: Any, reference: Any, **options: Any) -> Any:
     from hf_mbp.cli.trl_trainers import PreferenceTrainer
 
     needs_it = reference is not None and not args.precompute_ref_log_probs
-    return PreferenceTrainer(args=args, ref_model=reference() if needs_it else None, **options)
+    # TRL copies the adapters of a model that has them, which in a dry run have no memory to copy
+    where = torch.device("meta") if options["model"].device.type == "meta" else nullcontext()
+    with where:
+        return PreferenceTrainer(args=args, ref_model=reference() if needs_it else None, **options)
 
 
 def _check_columns(splits: Splits, arguments: DataArguments) -> None:
