@@ -115,6 +115,10 @@ def test_output_folder_rules(recipe: Callable[..., Path], tmp_path: Path, capsys
         ({"resume_from_checkpoint": True}, "has no checkpoint-* folder"),
         ({"learning_rat": 1}, "'learning_rat' is not a known key; did you mean learning_rate"),
         ({"eval_strategy": "steps", "validation_file": None}, "the trainer refuses: "),
+        (
+            {"torch_compile": True, "torch_compile_backend": "x"},
+            "the trainer refuses (torch_compile_backend): 'X' is not",
+        ),
         ({"use_cpu": False, "bf16": True, "fp16": True}, "bad option: "),
     ],
 )
