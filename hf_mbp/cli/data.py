@@ -76,12 +76,14 @@ def load_file(path: Path) -> Dataset:
         raise UserError(f"{path} is empty")
     builder, options = _BUILDERS[suffixes[-1]]
     try:
-        return load_dataset(builder, data_files=str(path), split="train", **options)
+        rows = load_dataset(builder, data_files=str(path), split="train", **options)
+        rows.data.validate(full=True)  # JSON and Parquet may hold texts in another encoding than UTF-8
     except (DatasetGenerationError, ValueError, OSError) as error:
         if "corresponds to no data" in str(error):
             raise UserError(f"{path} has no rows") from error
         # datasets wraps the reader's own message, which has the line and the reason
         raise UserError(f"{path} cannot be read as {builder}: {error.__cause__ or error}") from error
+    return rows
 
 
 def load_image_folder(folder: Path) -> Dataset:

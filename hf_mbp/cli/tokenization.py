@@ -9,13 +9,17 @@ from typing import Any
 from datasets import Dataset
 from transformers import BatchEncoding
 
-from hf_mbp.cli.errors import UserError, say, user_errors
+from hf_mbp.cli.errors import UserError, say
 from hf_mbp.collate import row_length
 from hf_mbp.row_lengths import known_lengths
 
 Batch = dict[str, list[Any]]
 # Column that a task's encoder adds: whether the row was longer than the limit.
 CUT = "was_cut"
+
+
+class RowError(UserError):
+    """A mistake in a row, told by what does not know which rows these are."""
 
 
 def encode_rows(
@@ -34,10 +38,12 @@ def encode_rows(
     """
     if not isinstance(limit, str):
         limit = f"{limit} tokens"
-    with user_errors(f"{name} rows", UserError):
+    try:
         encoded = rows.map(
             encode, batched=True, remove_columns=rows.column_names, num_proc=workers, desc=f"tokenizing {name} rows"
         )
+    except RowError as error:
+        raise UserError(f"{name} rows: {error}") from error
     if len(encoded) == 0:
         raise UserError(
             f"none of the {len(rows)} {name} rows has anything to learn from; look at the columns and {option}"
@@ -85,11 +91,11 @@ def texts(batch: Batch, column: str) -> list[str]:
     """Return a column of a batch.
 
     Raises:
-        UserError: a value that is not text.
+        RowError: a value that is not text.
     """
     for value in batch[column]:
         if not isinstance(value, str):
-            raise UserError(
+            raise RowError(
                 f"column {column!r} must hold text, but has {value!r:.80}; leave out such rows, or name another column"
             )
     return batch[column]

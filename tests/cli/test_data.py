@@ -59,6 +59,7 @@ def test_lines_of_text(tmp_path: Path) -> None:
         ("rows.gz", b"x", "rows.gz: unknown kind of file"),
         ("rows.csv", b"", "rows.csv is empty"),
         ("rows.jsonl", b'{"a": \n', "rows.jsonl cannot be read as json: "),
+        ("rows.jsonl", b'{"a": "\xab\xcd"}\n', "rows.jsonl cannot be read as json: .*UTF8"),
         ("rows.parquet", b"not parquet", "rows.parquet cannot be read as parquet: .*[Pp]arquet"),
     ],
 )

@@ -19,11 +19,11 @@ from transformers import (
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
 from hf_mbp.cli.data import Splits, require_columns
-from hf_mbp.cli.errors import UserError, user_errors
+from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.metrics import Perplexity
 from hf_mbp.cli.models import length_limit, load_model
 from hf_mbp.cli.tasks.base import TaskSetup
-from hf_mbp.cli.tokenization import CUT, Batch, encode_rows, longest_first, texts
+from hf_mbp.cli.tokenization import CUT, Batch, RowError, encode_rows, longest_first, texts
 
 # What the loss of transformers leaves out.
 IGNORED = -100
@@ -145,8 +145,8 @@ def split_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -
     """Yield the pieces of a conversation as the template writes them, each with whether the assistant says it.
 
     Raises:
-        UserError: these are no messages, the template does not take them, or it writes earlier messages differently
-            once later ones follow, so there are no such pieces.
+        RowError: these are no messages, or the template does not take them.
+        UserError: it writes earlier messages differently once later ones follow, so there are no such pieces.
     """
     _check_messages(messages)
     written = ""
@@ -166,18 +166,20 @@ def split_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -
 
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not all(isinstance(part, dict) and "role" in part for part in messages):
-        raise UserError(f"a conversation must be a list of {{role, content}}, but one is {messages!r:.80}")
+        raise RowError(f"a conversation must be a list of {{role, content}}, but one is {messages!r:.80}")
     if messages and messages[0]["role"] == "assistant":
-        raise UserError(
+        raise RowError(
             f"a conversation begins with the assistant: {messages!r:.80}; put what it answers before it, or leave out"
             " such rows"
         )
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, to_be_answered: bool) -> str:
-    refused = f"the tokenizer's chat template does not take the conversation {messages!r:.80}"
-    with user_errors(refused, (TypeError, ValueError, TemplateError)):
+    try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_be_answered))
+    except (TypeError, ValueError, TemplateError) as error:
+        refused = f"the tokenizer's chat template does not take the conversation {messages!r:.80}"
+        raise RowError(f"{refused}: {error}") from error
 
 
 def sum_log_likelihoods(logits: Any, labels: torch.Tensor) -> torch.Tensor:
