@@ -6,6 +6,7 @@ Trainer's own card knows none of micro-batches, of the result before training, o
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -98,7 +99,7 @@ def _results(metrics: Metrics, prefix: str = "eval_") -> dict[str, float]:
 def _body(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics, folder: Path) -> str:
     parts = [
         CARD_MARK,
-        f"# {folder.resolve().name}",
+        f"# {_plain(folder.resolve().name)}",
         f"{_short_name(recipe.model.model_name_or_path)}, trained for {_in_words(recipe.run.task)} on "
         f"{_data(recipe)} with hf_mbp: each mini-batch runs in micro-batches that fit the device, with the gradient of "
         "the whole.",
@@ -161,13 +162,18 @@ def _data(recipe: Recipe) -> str:
     """The data set on the Hub, or the name of the file without its folder: cards are made to be shared."""
     data = recipe.data
     named = data.dataset_name or Path(str(data.train_file)).name
-    return f"{named} ({data.dataset_config_name})" if data.dataset_config_name else named
+    return _plain(f"{named} ({data.dataset_config_name})" if data.dataset_config_name else named)
 
 
 def _short_name(model: str | None) -> str:
     """A name on the Hub as it is, of a folder its last part."""
     name = str(model)
-    return name if "://" in name or _is_on_hub(name) else Path(name).resolve().name
+    return _plain(name if "://" in name or _is_on_hub(name) else Path(name).resolve().name)
+
+
+def _plain(name: str) -> str:
+    """A name in one line, as it reads: what would be markup is escaped, for cards are shown on pages of the Hub."""
+    return re.sub(r"[\\`*\[\]<>&]", lambda mark: f"&#{ord(mark[0])};", " ".join(name.split()))
 
 
 def _in_words(task: str) -> str:

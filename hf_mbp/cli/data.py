@@ -141,7 +141,9 @@ def _from_hub(arguments: DataArguments) -> Splits:
 
 
 def _load_from_hub(name: str, config_name: str | None) -> DatasetDict:
-    with user_errors(f"data set {name} cannot be loaded from the Hub", (ValueError, OSError, DatasetGenerationError)):
+    # A data set that is a program is refused by a RuntimeError.
+    kinds = (ValueError, OSError, RuntimeError, DatasetGenerationError)
+    with user_errors(f"data set {name} cannot be loaded from the Hub", kinds):
         return load_dataset(name, config_name)
 
 

@@ -71,11 +71,25 @@ def load_model(auto_class: Any, arguments: ModelArguments, **options: Any) -> Pr
     options["dtype"] = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     if arguments.gguf_file is not None:
         options["quantization_config"] = GgufConfig(dequantize=True)
+    elif not arguments.pickled_weights:
+        options["use_safetensors"] = True
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
     with user_errors(f"model {name} cannot be loaded", (ValueError, OSError, ImportError)):
-        model: PreTrainedModel = auto_class.from_pretrained(resolve_model(name), **_hub_options(arguments), **options)
+        try:
+            model: PreTrainedModel = auto_class.from_pretrained(
+                resolve_model(name), **_hub_options(arguments), **options
+            )
+        except OSError as error:
+            raise OSError(f"{error}{_about_pickles(error, arguments)}") from error
     return model
+
+
+def _about_pickles(error: OSError, arguments: ModelArguments) -> str:
+    """How to go on where there are no weights in safetensors; empty if that is not what is missing."""
+    if arguments.pickled_weights or arguments.gguf_file is not None or ".safetensors" not in str(error):
+        return ""
+    return "; if its weights are in pytorch_model.bin, and you trust who made them, write pickled_weights: true"
 
 
 def _from_config(

@@ -58,6 +58,11 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
     word, from_command_line = parse_options(parser, argv)
     file = None if word is None else Path(word)
     from_file = {} if file is None else read_yaml(parser, file)
+    if from_file.get("trust_remote_code") and "trust_remote_code" not in from_command_line:
+        raise UserError(
+            f"recipe {file}: trust_remote_code would run code that comes with the model; if you trust it, type"
+            " --trust_remote_code, for a recipe cannot say so"
+        )
     given = {**from_file, **from_command_line}
     folder = Path.cwd() if file is None else file.parent
     if given.get("config_name") is not None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hf_mbp.cli.recipe import find_task_name, read_recipe
 from hf_mbp.cli.tasks import TASKS
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.preference_tuning import other_answers
+from hf_mbp.cli.training_arguments import TRL_TASKS, training_arguments
 
 pytestmark = [
     # TRL uses old names of transformers, and PEFT looks for a configuration to compare with.
@@ -387,3 +389,11 @@ def test_help_of_a_task(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--beta" in text
     assert main(["--help"]) == 0
     assert "--beta" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", TRL_TASKS)
+def test_the_arguments_are_pickled_without_the_token(task: str, tmp_path: Path) -> None:
+    token = "hf_only_for_this_test"  # noqa: S105 - of nobody
+    arguments = training_arguments(task)(str(tmp_path), hub_token=token, use_cpu=True)
+    assert arguments.hub_token == token
+    assert token.encode() not in pickle.dumps(arguments)
