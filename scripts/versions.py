@@ -6,7 +6,7 @@
 
 Each has an environment of its own, `.venv-lowest` or `.venv-newest`, made anew. "Lowest" are the versions that
 pyproject.toml names as the least, those of its extras `recipes` and `trl` included. "Core" is what needs neither
-sentence-transformers nor DeepSpeed, which belong to no extra for users. It needs Python 3.11 (tomllib); PYTHON names the
+sentence-transformers nor DeepSpeed, which belong to no extra. It needs Python 3.11 (tomllib); PYTHON names the
 one to make environments with.
 """
 
@@ -20,7 +20,7 @@ import tomllib
 
 ROOT = Path(__file__).parents[1]
 
-TOOLS = ("hypothesis", "optuna", "pytest", "pytest-timeout", "pytest-xdist", "tensorboard")
+TOOLS = ("hypothesis", "optuna", "pytest", "pytest-timeout", "pytest-xdist", "schedulefree", "tensorboard")
 """Of the development extra, what the core of the tests needs."""
 
 CORE = (

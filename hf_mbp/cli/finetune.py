@@ -66,7 +66,7 @@ def finetune(recipe: Recipe) -> None:
     _draw(trainer, folder, before, trained)
     _publish(trainer)
     _report(metrics, folder)
-    trainer.end()
+    trainer.accelerator.end_training()  # as Trainer.end does, which transformers 5.17 has not
 
 
 def build_trainer(recipe: Recipe) -> MBPMixin:
