@@ -81,7 +81,7 @@ def load_model(auto_class: Any, arguments: ModelArguments, **options: Any) -> Pr
                 resolve_model(name), **_hub_options(arguments), **options
             )
         except OSError as error:
-            raise OSError(f"{error}{_about_pickles(error, arguments)}") from error
+            raise OSError(f"{str(error).rstrip('.')}{_about_pickles(error, arguments)}") from error
     return model
 
 

@@ -22,7 +22,7 @@ class Hosts:
 
     def on(self, host: int, command: list[str]) -> list[str]:
         """The command, to be run on a host."""
-        return ["ip", "netns", "exec", self.names[host], *command]
+        return [program(), "netns", "exec", self.names[host], *command]
 
     def set_link(self, state: str) -> None:
         """Cuts the link (`down`), or puts it back (`up`)."""
@@ -57,11 +57,16 @@ def two_hosts() -> Iterator[Hosts]:
             ip("netns", "delete", name)
 
 
-def ip(*words: str) -> None:
-    """Runs `ip` of iproute2; an OSError says what it said."""
-    program = shutil.which("ip", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/sbin", "/usr/sbin"]))
-    if program is None:
+def program() -> str:
+    """Where `ip` of iproute2 is, which is often in no path of a user."""
+    found = shutil.which("ip", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/sbin", "/usr/sbin"]))
+    if found is None:
         raise FileNotFoundError("there is no program ip (package iproute2)")
-    done = subprocess.run([program, *words], capture_output=True, text=True, check=False)  # noqa: S603
+    return found
+
+
+def ip(*words: str) -> None:
+    """Runs `ip`; an OSError says what it said."""
+    done = subprocess.run([program(), *words], capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
