@@ -11,8 +11,10 @@ from typing import Any
 from hf_mbp.cli.arguments import TrainArguments
 from hf_mbp.cli.errors import say
 from hf_mbp.cli.models import described
-from hf_mbp.cli.plan import as_text, plan_of, without_weights
+from hf_mbp.cli.plan_text import as_text
 from hf_mbp.cli.recipe import Recipe
+from hf_mbp.cli.run_plan import plan_of
+from hf_mbp.cli.shapes import without_weights
 from hf_mbp.cli.tasks.base import TaskSetup
 
 

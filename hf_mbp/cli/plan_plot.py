@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_mbp.cli.plan import Group, RunPlan, StepPlan
+from hf_mbp.cli.plan_groups import Group, StepPlan
+from hf_mbp.cli.run_plan import RunPlan
 from hf_mbp.memory import format_bytes
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from transformers import (
 
 from hf_mbp.cli import check, finetune
 from hf_mbp.cli.errors import UserError
-from hf_mbp.cli.plan import plan_run
 from hf_mbp.cli.recipe import read_recipe
+from hf_mbp.cli.run_plan import plan_run
 from hf_mbp.cli.tasks.masked_language_modeling import choose_hidden, compute_metrics, sum_hidden
 from tests.cli.test_tasks import prepare
 

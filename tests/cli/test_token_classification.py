@@ -14,8 +14,8 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, EvalPre
 
 from hf_mbp.cli import check, finetune
 from hf_mbp.cli.errors import UserError
-from hf_mbp.cli.plan import plan_run
 from hf_mbp.cli.recipe import read_recipe
+from hf_mbp.cli.run_plan import plan_run
 from hf_mbp.cli.tasks.token_classification import TagMetrics, label_tokens
 from tests.cli.test_tasks import prepare
 

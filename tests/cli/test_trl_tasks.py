@@ -13,13 +13,14 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_mbp.cli import check, plan
+from hf_mbp.cli import check
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
 from hf_mbp.cli.data import Splits
 from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.finetune import build_trainer, main
 from hf_mbp.cli.models import load_config, load_tokenizer
 from hf_mbp.cli.recipe import find_task_name, read_recipe
+from hf_mbp.cli.run_plan import plan_run
 from hf_mbp.cli.tasks import TASKS
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.preference_tuning import other_answers
@@ -311,16 +312,16 @@ def test_check(
 def test_plan(sft: Callable[..., Path], dpo: Callable[..., Path]) -> None:
     cpu = torch.device("cpu")
     plain, adapted = (
-        plan.plan_run(read_recipe([str(sft(**adapters)), "--memory_limit", "1GiB"]), cpu) for adapters in ({}, LORA)
+        plan_run(read_recipe([str(sft(**adapters)), "--memory_limit", "1GiB"]), cpu) for adapters in ({}, LORA)
     )
     lengths = [8 + 2 + i % 9 for i in range(23)]  # the question and its template, the answer
     assert plain.lengths.tolist() == adapted.lengths.tolist() == lengths
     assert adapted.largest[1].optimizer_bytes < 0.5 * plain.largest[1].optimizer_bytes
-    packed = plan.plan_run(read_recipe([str(sft(packing=True, max_length=48)), "--memory_limit", "1GiB"]), cpu)
+    packed = plan_run(read_recipe([str(sft(packing=True, max_length=48)), "--memory_limit", "1GiB"]), cpu)
     assert max(packed.lengths) <= 48
     assert sum(packed.lengths) == sum(lengths)
     pairs, paired_adapters = (
-        plan.plan_run(read_recipe([str(dpo(**adapters)), "--memory_limit", "1GiB"]), cpu) for adapters in ({}, LORA)
+        plan_run(read_recipe([str(dpo(**adapters)), "--memory_limit", "1GiB"]), cpu) for adapters in ({}, LORA)
     )
     assert pairs.lengths.tolist() == [2 * (8 + max(2 + i % 9, 2 + 3 * i % 9)) for i in range(23)]
     # the reference is a second model, that of adapters is the same
