@@ -14,10 +14,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 
 from hf_mbp.cli import check, plan
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits
 from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.finetune import main
 from hf_mbp.cli.models import load_config
+from hf_mbp.cli.splits import Splits
 from hf_mbp.cli.tasks import TASKS, load_processor
 from hf_mbp.cli.tasks.base import TaskSetup
 

@@ -113,6 +113,8 @@ class TestHead:
     def test_a_new_one_is_told(self, masker: Path, capsys: pytest.CaptureFixture[str]) -> None:
         prepare(TASK, masker, ROWS)
         assert self.SAID in capsys.readouterr().out
+        prepare(TASK, masker, ROWS, random_weights=True)
+        assert self.SAID not in capsys.readouterr().out
 
     def test_one_that_is_there_is_kept(self, masker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         head = BertForMaskedLM(BertConfig.from_pretrained(masker))

@@ -86,6 +86,16 @@ class TestWindows:
         assert batch["start_positions"].tolist() == [4, 5]
 
 
+def test_a_new_head_is_told_of(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = "the model has no head that tells where an answer is; a new one is trained"
+    prepare(encoder, [asked("a", "a")]).model.save_pretrained(tmp_path / "trained")
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "trained")
+    assert told in capsys.readouterr().out
+    prepare(tmp_path / "trained", [asked("a", "a")])
+    prepare(encoder, [asked("a", "a")], random_weights=True)
+    assert told not in capsys.readouterr().out
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("answers", "message"),

@@ -84,6 +84,8 @@ class TestLabels:
         with pytest.raises(UserError, match=r"tags', has labels that the model .*new_head.* does not have: 'P', 'Q'"):
             prepare(TASK, tmp_path / "trained", others)
         assert prepare(TASK, tmp_path / "trained", others, new_head=True).model.config.num_labels == 2
+        new = prepare(TASK, tmp_path / "trained", others, random_weights=True).model
+        assert new.config.id2label == {0: "P", 1: "Q"}
 
     def test_rows_are_cut_and_those_without_words_left_out(
         self, encoder: Path, capsys: pytest.CaptureFixture[str]

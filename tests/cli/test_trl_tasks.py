@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mbp.cli import check
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits
 from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.finetune import build_trainer, main
 from hf_mbp.cli.models import load_config, load_tokenizer
 from hf_mbp.cli.recipe import find_task_name, read_recipe
 from hf_mbp.cli.run_plan import plan_run
+from hf_mbp.cli.splits import Splits
 from hf_mbp.cli.tasks import TASKS
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.preference_tuning import other_answers

@@ -10,9 +10,9 @@ from datasets import Dataset
 from transformers import AutoModelForImageClassification, DefaultDataCollator, PreTrainedConfig
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits, require_columns
 from hf_mbp.cli.errors import say
 from hf_mbp.cli.images import PIXELS, PixelTransform
+from hf_mbp.cli.splits import Splits, require_columns
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.classification import compute_metrics, find_labels, load_classifier, only_logits
 

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits
 from hf_mbp.cli.models import with_adapters
+from hf_mbp.cli.splits import Splits
 from hf_mbp.cli.tasks import language_modeling
 from hf_mbp.cli.tasks.base import TaskSetup
 
