@@ -40,9 +40,12 @@ def rehearse(
     with tempfile.TemporaryDirectory() as folder:
         tried = replace(recipe, model=without_weights(recipe.model), train=_written_to(folder, recipe.train))
         processor, setup = prepare(tried)
+        # Before there is a trainer, which may put other adapters into the model
+        plan = plan_of(recipe, recipe.train.device, setup)
+        model = described(setup.model)
         make_trainer(tried, processor, setup)
-    say(f"{'model':<20} {described(setup.model)}")
-    say(as_text(plan_of(recipe, recipe.train.device, setup), recipe.train.device))
+    say(f"{'model':<20} {model}")
+    say(as_text(plan, recipe.train.device))
     say(
         f"dry run: nothing was trained, and nothing written into {recipe.train.output_dir}. Whether micro-batches are "
         "exact shows with the weights: when training starts, or in hf-mbp check."

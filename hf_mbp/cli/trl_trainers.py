@@ -79,6 +79,11 @@ class PreferenceTrainer(WritesCard, WholeEvaluation, TokenizedRows, trl.DPOTrain
     """Takes rows of ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``."""
 
 
+def without_adapters(model: Any) -> Any:
+    """Return the model as TRL takes it, which puts in adapters itself; one without weights comes with them."""
+    return model.unload() if hasattr(model, "peft_config") else model
+
+
 def lora_config(arguments: ModelArguments) -> Any:
     """Return PEFT's configuration of the adapters; ``None`` if all weights are trained.
 

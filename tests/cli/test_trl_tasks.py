@@ -309,6 +309,18 @@ def test_check(
         assert "\nexact: micro-batches give the gradient of the whole batch\n" in capsys.readouterr().out
 
 
+def test_dry_run_of_adapters(
+    sft: Callable[..., Path], dpo: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trainer takes the model without them; the plan is that of the model with them."""
+    for write in (sft, dpo):
+        assert main([str(write(dry_run=True, **LORA))]) == 0
+        out = capsys.readouterr().out
+        assert "of which 384 are trained" in out  # 3 x (4 x 16 + 16 x 4)
+        assert "first step           16 rows in" in out
+    assert not (tmp_path / "run").exists()
+
+
 def test_plan(sft: Callable[..., Path], dpo: Callable[..., Path]) -> None:
     cpu = torch.device("cpu")
     plain, adapted = (

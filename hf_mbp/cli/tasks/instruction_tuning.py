@@ -37,9 +37,9 @@ def prepare(
     )
 
 
-def make_trainer(*, args: Any, max_length: int | None, **options: Any) -> Any:
+def make_trainer(*, model: Any, args: Any, max_length: int | None, **options: Any) -> Any:
     """Return the trainer."""
-    from hf_mbp.cli.trl_trainers import InstructionTrainer
+    from hf_mbp.cli.trl_trainers import InstructionTrainer, without_adapters
 
     args.max_length = max_length if args.packing else None  # rows are cut already
-    return InstructionTrainer(args=args, **options)
+    return InstructionTrainer(model=without_adapters(model), args=args, **options)

@@ -60,12 +60,13 @@ def prepare(
     )
 
 
-def make_trainer(*, args: Any, reference: Any, **options: Any) -> Any:
+def make_trainer(*, model: Any, args: Any, reference: Any, **options: Any) -> Any:
     """Return the trainer; the model that it compares with is loaded if it will be needed during training."""
-    from hf_mbp.cli.trl_trainers import PreferenceTrainer
+    from hf_mbp.cli.trl_trainers import PreferenceTrainer, without_adapters
 
     needs_it = reference is not None and not args.precompute_ref_log_probs
-    return PreferenceTrainer(args=args, ref_model=reference() if needs_it else None, **options)
+    reference_model = reference() if needs_it else None
+    return PreferenceTrainer(model=without_adapters(model), args=args, ref_model=reference_model, **options)
 
 
 def _check_columns(splits: Splits, arguments: DataArguments) -> None:
