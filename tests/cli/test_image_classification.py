@@ -159,6 +159,40 @@ def test_a_model_without_an_image_processor(image_recipe: Callable[..., Path], e
         load_processor("image_classification", ModelArguments(model_name_or_path=str(encoder)), None)
 
 
+def with_processor(image_model: Path, folder: Path, **changes: Any) -> Path:
+    """The same model with another image processor."""
+    folder.mkdir()
+    (folder / "config.json").write_text((image_model / "config.json").read_text())
+    processor = json.loads((image_model / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps({**processor, **changes}))
+    return folder
+
+
+def test_images_of_a_size_that_the_model_does_not_take(
+    image_recipe: Callable[..., Path], image_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = with_processor(image_model, tmp_path / "other", size={"height": 12, "width": 12})
+    for words in ([], ["--dry_run"]):
+        assert main([str(image_recipe(config_name=str(model))), *words]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert "column 'image', has images that become 3 x 12 x 12, which ViTForImageClassification does not" in line
+        assert "Input image size (12*12) doesn't match model (8*8). Write a size for it" in line
+
+
+def test_the_model_is_as_it_was_after_an_image_was_tried(image_model: Path) -> None:
+    assert prepare(pictures(2), config_name=str(image_model)).model.training
+
+
+def test_images_of_unlike_sizes(image_model: Path, tmp_path: Path) -> None:
+    model = with_processor(image_model, tmp_path / "other", do_resize=False)
+    small = {"picture": picture(0, 0), "kind": "dark"}
+    large = {"picture": np.zeros((9, 9), dtype=int).tolist(), "kind": "bright"}
+    rows = prepare(Dataset.from_list([small, large]), config_name=str(model)).train
+    assert rows[0]["pixel_values"].shape == (3, 8, 8)
+    with pytest.raises(UserError, match=r"column 'picture', has images that become 3 x 8 x 8 and 3 x 9 x 9, but all"):
+        rows[:2]
+
+
 def test_what_is_no_image_is_named_with_its_column(image_model: Path) -> None:
     rows = Dataset.from_dict({"picture": ["cat.png", "dog.png"], "kind": ["cat", "dog"]})
     with pytest.raises(UserError, match=r"train.x, column 'picture', must hold images, but has 'cat.png'"):
