@@ -22,7 +22,7 @@ class WholeEvaluation(MBPMixin):
     """Puts the loss and the metrics of the evaluation batches together, by what each is a mean over.
 
     TRL takes the mean of the batches' means, each with the same weight, and names them ``eval_`` also where the
-    evaluation has another name.
+    evaluation has another name. On several processes the rows that fill up the last batches count once more, as in TRL.
     """
 
     def evaluation_loop(

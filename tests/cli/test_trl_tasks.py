@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ pytestmark = [
     # TRL uses old names of transformers, and PEFT looks for a configuration to compare with.
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
 ]
+ROOT = Path(__file__).parents[2]
 LETTERS = "abcdefghijklmnop"
 
 
@@ -295,6 +299,31 @@ def test_mistakes_in_preferences(chat_model: Path, row: dict[str, Any], options:
 def test_a_model_without_a_chat_template(encoder: Path) -> None:
     with pytest.raises(UserError, match="has no chat template for conversations"):
         prepare(encoder, [{"q": "a", "yes": "b", "no": "c"}], **TEXTS)
+
+
+# Two processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_two_processes_report_what_one_does(task: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """With the same 16 rows in each step, and 20 for the evaluation, which fill its batches."""
+    samples = {"max_train_samples": 16, "max_eval_samples": 20}
+    keys = {"max_steps": 2, "learning_rate": 0.03, **samples, **LORA}
+    write = request.getfixturevalue(task)
+    assert main([str(write(output_dir=str(tmp_path / "one"), **keys))]) == 0
+    recipe = write(output_dir=str(tmp_path / "two"), per_device_train_batch_size=8, **keys)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")}
+    command = [*launch, "-m", "hf_mbp.cli", "train", str(recipe)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    one, two = results_of(tmp_path / "one"), results_of(tmp_path / "two")
+    metrics = [key for key in one if is_metric(key)]
+    assert len(metrics) >= 6
+    assert {key: two[key] for key in metrics} == pytest.approx({key: one[key] for key in metrics}, rel=1e-4)
+    assert two["mbp_tokens"] == one["mbp_tokens"]
+    assert abs(one["eval_loss"] - one["eval_before_loss"]) > 0.01
 
 
 # The other scripts
