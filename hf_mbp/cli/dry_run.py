@@ -11,8 +11,10 @@ from typing import Any
 from hf_mbp.cli.arguments import TrainArguments
 from hf_mbp.cli.errors import say
 from hf_mbp.cli.models import described
-from hf_mbp.cli.plan import as_text, plan_of, without_weights
+from hf_mbp.cli.plan_text import as_text
 from hf_mbp.cli.recipe import Recipe
+from hf_mbp.cli.run_plan import plan_of
+from hf_mbp.cli.shapes import without_weights
 from hf_mbp.cli.tasks.base import TaskSetup
 
 
@@ -38,9 +40,12 @@ def rehearse(
     with tempfile.TemporaryDirectory() as folder:
         tried = replace(recipe, model=without_weights(recipe.model), train=_written_to(folder, recipe.train))
         processor, setup = prepare(tried)
+        # Before there is a trainer, which may put other adapters into the model
+        plan = plan_of(recipe, recipe.train.device, setup)
+        model = described(setup.model)
         make_trainer(tried, processor, setup)
-    say(f"{'model':<20} {described(setup.model)}")
-    say(as_text(plan_of(recipe, recipe.train.device, setup), recipe.train.device))
+    say(f"{'model':<20} {model}")
+    say(as_text(plan, recipe.train.device))
     say(
         f"dry run: nothing was trained, and nothing written into {recipe.train.output_dir}. Whether micro-batches are "
         "exact shows with the weights: when training starts, or in hf-mbp check."

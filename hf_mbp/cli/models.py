@@ -136,6 +136,17 @@ def length_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None, opt
     return max_length or (readable if readable < _NO_LIMIT else None)
 
 
+def has_head(config: PreTrainedConfig, ends: tuple[str, ...]) -> bool:
+    """Whether the checkpoint was saved with a head: by a class whose name ends in one of ``ends``."""
+    return any(name.endswith(ends) for name in getattr(config, "architectures", None) or ())
+
+
+def tell_new_head(arguments: ModelArguments, config: PreTrainedConfig, ends: tuple[str, ...], use: str) -> None:
+    """Say so if the head is new and the rest of the model is not: the untrained model then answers blindly."""
+    if arguments.config_name is None and not has_head(config, ends):
+        say(f"the model has no head that {use}; a new one is trained")
+
+
 def described(model: PreTrainedModel) -> str:
     """Return the model's class, size and dtype, in words."""
     parameters = list(model.parameters())

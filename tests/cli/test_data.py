@@ -12,8 +12,9 @@ from datasets import Dataset, DatasetDict
 
 from hf_mbp.cli import data
 from hf_mbp.cli.arguments import DataArguments
-from hf_mbp.cli.data import Splits, load_file, load_splits, require_columns
+from hf_mbp.cli.data import load_file, load_splits
 from hf_mbp.cli.errors import UserError
+from hf_mbp.cli.splits import Splits, require_columns
 
 ROWS = [{"text": "one, two", "label": 1}, {"text": "three", "label": 0}, {"text": 'fo"ur', "label": 1}]
 JSON_LINES = b'{"text": "one, two", "label": 1}\n{"text": "three", "label": 0}\n{"text": "fo\\"ur", "label": 1}\n'
