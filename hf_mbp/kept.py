@@ -13,10 +13,12 @@ BUDGET, COST = "hf_mbp", "hf_mbp_cost"
 """Names of entries in `trainer.state.stateful_callbacks`: the profile of the budget, and the measured cost."""
 
 
-def kept_entry(trainer: Any, name: str) -> dict[str, Any] | None:
-    """The entry of the run that is resumed, or of this one; `None` if there is none."""
-    entry: dict[str, Any] | None = trainer.state.stateful_callbacks.get(name)
-    return entry or None
+def kept_entry(trainer: Any, name: str) -> Any:
+    """The entry of the run that is resumed, or of this one; `None` if there is none.
+
+    A dictionary, if nobody has changed the checkpoint.
+    """
+    return trainer.state.stateful_callbacks.get(name) or None
 
 
 def keep_entry(trainer: Any, name: str, entry: dict[str, Any]) -> None:
@@ -37,7 +39,7 @@ def kept_if_it_holds(
     kept, reason = None, ""
     try:
         kept, reason = read()
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         reason = f"{entry} cannot be read ({error})"
     if ranks.highest(bool(reason)) == 0:
         return kept

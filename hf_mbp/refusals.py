@@ -99,6 +99,20 @@ def require_rows(trainer: Any) -> None:
         raise ValueError("train_dataset is empty: there is nothing to train on. Check the file and its filters.")
 
 
+def require_batches(trainer: Any, loader: Any) -> None:
+    """Raises `ValueError` if `dataloader_drop_last` leaves no batch of the training data."""
+    args = trainer.args
+    if not (args.dataloader_drop_last and has_length(loader)) or len(loader) > 0:
+        return
+    count = trainer.accelerator.num_processes
+    ranks = f" on each of {count} processes" if count > 1 else ""
+    raise ValueError(
+        f"train_dataset has {len(trainer.train_dataset):,} rows, which is not one batch of {args.train_batch_size}"
+        f"{ranks}, and dataloader_drop_last drops what is less: there is nothing to train on. Set "
+        "dataloader_drop_last=False, or a smaller per_device_train_batch_size."
+    )
+
+
 def warn_of_smaller_batch(before: int | None, batch_size: int | None) -> None:
     """Warns if `auto_find_batch_size` starts again with a smaller mini-batch than `before`."""
     if before is not None and batch_size is not None and batch_size < before:

@@ -77,7 +77,8 @@ class RunBudget:
     def _kept(self) -> Profile | None:
         """The profile of the run that is resumed, if it holds here, too."""
         kept = kept_entry(self._trainer, BUDGET)
-        if not kept or (kept.get("version") == VERSION and kept.get("options") != self._options):
+        is_known = isinstance(kept, dict) and kept.get("version") == VERSION
+        if not kept or (is_known and kept.get("options") != self._options):
             return None  # something else was asked for; what another version has kept, and how, is not looked into
 
         def read() -> tuple[Profile, str]:

@@ -78,6 +78,7 @@ LAYERS = [
     "cuts",
     "moves",
     "orders",
+    "json_fields",
     "other_trainers",
 ]
 """From the top down. A module imports only modules further down; `cli` is a package, and imports within it are its own

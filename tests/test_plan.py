@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_mbp import plan_micro_batches
 from hf_mbp.orders import orders_of
 from hf_mbp.plan import Budget, Cost, as_sizes, plan_rows, round_up
+from tests.examples import examples
 
-quick = settings(deadline=None, derandomize=True, max_examples=60)
+quick = examples(60)
 
 COSTS = [
     Cost(),

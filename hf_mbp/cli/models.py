@@ -27,7 +27,7 @@ _NO_LIMIT = 10**9
 def load_config(arguments: ModelArguments) -> PreTrainedConfig:
     """Load the model's configuration."""
     name = _model_name(arguments)
-    with user_errors(f"model {name} cannot be loaded"):
+    with user_errors(f"model {name} cannot be loaded ({_options_of_name(arguments)})"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(resolve_model(name), **_hub_options(arguments))
     return config
 
@@ -38,7 +38,8 @@ def load_tokenizer(arguments: ModelArguments, config: PreTrainedConfig) -> PreTr
     options = _hub_options(arguments)
     if arguments.tokenizer_name is not None:
         options = {"trust_remote_code": arguments.trust_remote_code}  # revision and gguf_file are the model's
-    with user_errors(f"tokenizer of {name} cannot be loaded"):
+    option = _options_of_name(arguments) if arguments.tokenizer_name is None else "tokenizer_name"
+    with user_errors(f"tokenizer of {name} cannot be loaded ({option})"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_model(name), **options)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -55,7 +56,10 @@ def load_image_processor(arguments: ModelArguments, config: PreTrainedConfig) ->
     """Load what turns images into pixel values for the model."""
     name = _model_name(arguments)
     options = {"trust_remote_code": arguments.trust_remote_code, "revision": arguments.model_revision}
-    with user_errors(f"image processor of {name} cannot be loaded", (ValueError, OSError, ImportError)):
+    with user_errors(
+        f"image processor of {name} cannot be loaded ({_options_of_name(arguments)})",
+        (ValueError, OSError, ImportError),
+    ):
         return AutoImageProcessor.from_pretrained(resolve_model(name), **options)
 
 
@@ -75,7 +79,8 @@ def load_model(auto_class: Any, arguments: ModelArguments, **options: Any) -> Pr
         options["use_safetensors"] = True
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
-    with user_errors(f"model {name} cannot be loaded", (ValueError, OSError, ImportError)):
+    told = f"model {name} cannot be loaded ({_options_of_name(arguments)})"
+    with user_errors(told, (ValueError, OSError, ImportError)):
         try:
             model: PreTrainedModel = auto_class.from_pretrained(
                 resolve_model(name), **_hub_options(arguments), **options
@@ -176,6 +181,12 @@ def _model_name(arguments: ModelArguments) -> str:
     if name is None:
         raise UserError("model_name_or_path is missing: a model on the Hub, a folder, or package://NAME/FOLDER")
     return name
+
+
+def _options_of_name(arguments: ModelArguments) -> str:
+    """The options that say where the model is."""
+    name = "config_name" if arguments.model_name_or_path is None else "model_name_or_path"
+    return name if arguments.gguf_file is None else f"{name}, gguf_file"
 
 
 def _hub_options(arguments: ModelArguments) -> dict[str, Any]:

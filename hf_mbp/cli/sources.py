@@ -43,7 +43,7 @@ def resolve_file(path: str, recipe_folder: Path) -> Path:
         if candidate.exists():
             return candidate.resolve()
     looked_in = " and ".join(dict.fromkeys(str(c.absolute().parent) for c in candidates))
-    raise UserError(f"no file {path}; looked in {looked_in}")
+    raise UserError(f"no file {path} (train_file, validation_file); looked in {looked_in}")
 
 
 def resolve_config(name: str, recipe_folder: Path) -> str:

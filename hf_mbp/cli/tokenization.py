@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import BatchEncoding
 
-from hf_mbp.cli.errors import UserError, say
+from hf_mbp.cli.errors import UserError, say, user_errors
 from hf_mbp.cli.splits import Part, Splits
 from hf_mbp.collate import row_length
 from hf_mbp.row_lengths import known_lengths
@@ -41,9 +41,10 @@ def encode_rows(
     if not isinstance(limit, str):
         limit = f"{limit} tokens"
     rows, name = part.rows, part.name
-    encoded = rows.map(
-        encode, batched=True, remove_columns=rows.column_names, num_proc=workers, desc=f"tokenizing {name} rows"
-    )
+    with user_errors(f"{name} rows", UserError):
+        encoded = rows.map(
+            encode, batched=True, remove_columns=rows.column_names, num_proc=workers, desc=f"tokenizing {name} rows"
+        )
     if len(encoded) == 0:
         raise UserError(
             f"none of the {len(rows)} {name} rows has anything to learn from; look at the columns and {option}"
@@ -95,5 +96,7 @@ def texts(batch: Batch, column: str) -> list[str]:
     """
     for value in batch[column]:
         if not isinstance(value, str):
-            raise UserError(f"column {column!r} must hold text, but has {value!r}")
+            raise UserError(
+                f"column {column!r} must hold text, but has {value!r:.80}; leave out such rows, or name another column"
+            )
     return batch[column]

@@ -81,7 +81,8 @@ def test_files_are_looked_up_in_the_working_directory_then_beside_the_recipe(tmp
     assert load(beside.parent, train_file="rows.csv").train["text"][:] == ["beside"]
     Path("rows.csv").write_bytes(b"text\nhere\n")
     assert load(beside.parent, train_file="rows.csv").train["text"][:] == ["here"]
-    with pytest.raises(UserError, match=rf"no file none.csv; looked in {tmp_path} and {beside.parent}"):
+    looked_in = f"looked in {tmp_path} and {beside.parent}"
+    with pytest.raises(UserError, match=rf"no file none.csv \(train_file, validation_file\); {looked_in}"):
         load(beside.parent, train_file="none.csv")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.errors import UserError
+from hf_mbp.cli.errors import UserError, user_errors
 from hf_mbp.cli.metrics import Perplexity
 from hf_mbp.cli.models import length_limit, load_model
 from hf_mbp.cli.splits import Part, Splits, require_columns
@@ -142,8 +143,10 @@ def split_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -
     """Yield the pieces of a conversation as the template writes them, each with whether the assistant says it.
 
     Raises:
-        UserError: the template writes earlier messages differently once later ones follow, so there are no such pieces.
+        UserError: these are no messages, the template does not take them, or it writes earlier messages differently
+            once later ones follow, so there are no such pieces.
     """
+    _check_messages(messages)
     written = ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -159,8 +162,20 @@ def split_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -
         written = answered
 
 
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list) or not all(isinstance(part, dict) and "role" in part for part in messages):
+        raise UserError(f"a conversation must be a list of {{role, content}}, but one is {messages!r:.80}")
+    if messages and messages[0]["role"] == "assistant":
+        raise UserError(
+            f"a conversation begins with the assistant: {messages!r:.80}; put what it answers before it, or leave out"
+            " such rows"
+        )
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, to_be_answered: bool) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_be_answered))
+    refused = f"the tokenizer's chat template does not take the conversation {messages!r:.80}"
+    with user_errors(refused, (TypeError, ValueError, TemplateError)):
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_be_answered))
 
 
 def sum_log_likelihoods(logits: Any, labels: torch.Tensor) -> torch.Tensor:
