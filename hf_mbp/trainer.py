@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Seq2SeqTrainer, Trainer
 
-from hf_mbp import collate, compat, items, loaders, memory, other_trainers, refusals
+from hf_mbp import checkpoints, collate, compat, items, loaders, memory, other_trainers, refusals
 from hf_mbp.collate import Inputs
 from hf_mbp.config import MBPConfig
 from hf_mbp.distributed import Ranks
@@ -34,7 +34,7 @@ class MBPMixin(_Base):
 
     * `__init__`: takes `mbp_config`; refuses what cannot be exact.
     * `train`: adds the totals of the run to its metrics; has ranks train together after an evaluation, and end
-      together.
+      together; goes on from whole checkpoints only.
     * `_inner_training_loop`: starts afresh what is found out about model, data and memory.
     * `get_train_dataloader`, `num_examples`: have the loader hand over rows that are not padded yet.
     * `get_batch_samples`: plans and pads the rows of a whole optimizer step.
@@ -44,6 +44,7 @@ class MBPMixin(_Base):
       the host.
     * `log`, `_maybe_log_save_evaluate`: the `mbp_` entries, and the clock behind them.
     * `_finalize_training`: makes the last loss that of all ranks.
+    * `_save_checkpoint`: sees to it that a checkpoint can be told from one that was half written.
     * `_load_callback_state`: hides budget and cost, which a checkpoint keeps among the states of callbacks.
     * `floating_point_ops`, `_track_num_input_tokens`: count what the stock loop asks about a batch.
 
@@ -116,17 +117,18 @@ class MBPMixin(_Base):
 
     # What the stock loop calls
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as the next class does.
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains as the next class does; with `resume_from_checkpoint=True` from the last checkpoint that is whole.
 
         Raises:
-            ValueError: there is nothing to train on, or nothing fits the memory limit.
+            ValueError: there is nothing to train on, nothing fits the memory limit, or a checkpoint is half written.
         """
         with watched_ranks(self._ranks.count, self.mbp_config.rank_timeout):
             refusals.require_rows(self)
             compat.forget_evaluation(self)
             self._batch_size_before: int | None = None
-            output = super().train(*args, **kwargs)
+            checkpoint = checkpoints.resumed_from(resume_from_checkpoint, self.args.output_dir, self._ranks)
+            output = super().train(checkpoint, *args, **kwargs)
             output.metrics.update(self._report.totals(self._ranks) | self.mbp_feed.cost.metrics())
         return output
 
@@ -218,6 +220,12 @@ class MBPMixin(_Base):
         self._tr_loss: torch.Tensor  # the base's
         self._tr_loss = torch.full_like(self._tr_loss, self._ranks.mean(float(self._tr_loss)))
         return super()._finalize_training(*args, **kwargs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """The stock one; its folder does not count as a checkpoint before the last file is written."""
+        if self.args.should_save:
+            checkpoints.begin(compat.checkpoint_folder(self, trial), self, self._ranks)
+        super()._save_checkpoint(model, trial)
 
     def _load_callback_state(self) -> None:
         """The stock one, which would warn of callbacks that are none: budget and cost lie among their states."""
