@@ -14,13 +14,18 @@ whenever it is read, whoever wrote it.
 import json
 import math
 import re
+import shutil
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hf_mbp.distributed import Ranks
 from hf_mbp.kept import RANDOM_STATES, drop_entry, keep_entry
+from hf_mbp.memory import format_bytes
+from hf_mbp.watch import explain
 
 STATE = "trainer_state.json"
 
@@ -72,6 +77,21 @@ def begin(checkpoint: Path, trainer: Any, ranks: Ranks) -> None:
         keep_entry(trainer, RANDOM_STATES, {"count": ranks.count})
     else:
         drop_entry(trainer, RANDOM_STATES)
+
+
+@contextmanager
+def explained(checkpoint: Path) -> Iterator[None]:
+    """Has an error of saving say what became of the checkpoint; torch's own text does not even name a full disk."""
+    try:
+        yield
+    except Exception as error:
+        free = format_bytes(shutil.disk_usage(checkpoint if checkpoint.is_dir() else ".").free)
+        explain(
+            error,
+            f"hf_mbp: {checkpoint} was not saved to its end, and does not count as a checkpoint. Its disk has {free} "
+            "left. resume_from_checkpoint=True goes on from the last whole one.",
+        )
+        raise
 
 
 def resumed_from(wanted: Any, output_dir: str | Path, ranks: Ranks) -> Any:

@@ -1,5 +1,6 @@
 """`MBPTrainer`: the Trainer of transformers, with each mini-batch run in exact micro-batches."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from hf_mbp.distributed import Ranks
 from hf_mbp.evaluation import Evaluation
 from hf_mbp.feed import Feed
 from hf_mbp.kept import hidden_entries
-from hf_mbp.report import MEASURED, StepReport
+from hf_mbp.report import MEASURED, StepReport, hidden_loss
 from hf_mbp.row_reader import RowReader
 from hf_mbp.runner import MicroBatches, Runner
 from hf_mbp.two_passes import TwoPasses
@@ -75,7 +76,7 @@ class MBPMixin(_Base):
         refusals.refuse_unsupported(self)
         self._ranks = Ranks(self.accelerator)
         self._report = StepReport()
-        self._logs_step = False
+        self._logs_step = self._has_warned_of_loss = False
         self.mbp_rows = RowReader(self, self._report)
         self.mbp_feed = Feed(self, self.mbp_rows, self._ranks, self._report)
         self._runner = Runner(self, self.mbp_feed, self._ranks, self._report)
@@ -166,9 +167,17 @@ class MBPMixin(_Base):
         """Runs the micro-batches of the step; other inputs run as in the next class."""
         if isinstance(inputs, MicroBatches):
             with self._report.overhead():
-                return self._runner.run(inputs, model, super().training_step)
+                step_loss = self._runner.run(inputs, model, super().training_step)
+            self._warn_of_hidden_loss(step_loss)
+            return step_loss
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
+
+    def _warn_of_hidden_loss(self, loss: torch.Tensor) -> None:
+        """Once, where stock logs another number in its place; it waits for the device to see this, too."""
+        if self.args.logging_nan_inf_filter and not self._has_warned_of_loss and not torch.isfinite(loss):
+            self._has_warned_of_loss = True
+            warnings.warn(hidden_loss(self.state.global_step + 1, float(loss)), stacklevel=3)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The stock loop, whose batches `prediction_step` splits."""
@@ -223,9 +232,11 @@ class MBPMixin(_Base):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """The stock one; its folder does not count as a checkpoint before the last file is written."""
+        folder = compat.checkpoint_folder(self, trial)
         if self.args.should_save:
-            checkpoints.begin(compat.checkpoint_folder(self, trial), self, self._ranks)
-        super()._save_checkpoint(model, trial)
+            checkpoints.begin(folder, self, self._ranks)
+        with checkpoints.explained(folder):
+            super()._save_checkpoint(model, trial)
 
     def _load_callback_state(self) -> None:
         """The stock one, which would warn of callbacks that are none: budget and cost lie among their states."""
