@@ -68,7 +68,8 @@ FAULTS_HEADER = (
 def faults_row(ours: Attempt, stock: Attempt, goes_on_from: str, is_same: bool) -> str:
     """What came of a fault."""
     says = "the same" if ours.says == stock.says else stock.says
-    return f"| {FAULTS[ours.fault].what} | {ours.says} | {says} | {goes_on_from} | {yes(is_same) if goes_on_from else ''} |"
+    end = yes(is_same) if goes_on_from else ""
+    return f"| {FAULTS[ours.fault].what} | {ours.says} | {says} | {goes_on_from} | {end} |"
 
 
 def failing_runs(folder: Path, names: list[str]) -> tuple[list[str], bool]:
@@ -102,7 +103,7 @@ def main() -> int:
     parser.add_argument("--faults", nargs="*", choices=FAULTS, default=list(FAULTS))
     parser.add_argument("--write", action="store_true", help="puts the tables into docs/reliability.md")
     options = parser.parse_args()
-    random = Random(options.seed)
+    random = Random(options.seed)  # noqa: S311
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shares = zip(RANKS, (options.kills - options.kills // 2, options.kills // 2), strict=True)

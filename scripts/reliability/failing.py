@@ -210,6 +210,9 @@ def attempt(fault: str, trainer: str, folder: Path) -> Attempt:
 def go_on(folder: Path) -> str:
     """Trains to the end, from the last whole checkpoint, whose name is returned; in a process of its own."""
     _settle()
+    for file in folder.glob("*/optimizer.pt"):
+        if file.is_symlink():
+            file.unlink()  # the disk has room again
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of checkpoints that are passed over
         last = last_checkpoint(folder)

@@ -224,7 +224,7 @@ def kill_until_done(runs: Runs, folder: Path, random: Random, most: int) -> list
     while len(kills) < most and (begin := _step_of(_last(folder))) < STEPS - 1:
         moment = Moment(
             phase=random.choice(PHASES),
-            step=random.randint(begin, min(begin + WINDOW, STEPS) - 1),
+            step=random.randint(begin + 1, min(begin + WINDOW, STEPS - 1)),
             seconds=random.uniform(0, LATEST_SECONDS),
             rank=random.randrange(runs.num_ranks),
         )
