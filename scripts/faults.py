@@ -38,7 +38,7 @@ def killed_runs(folder: Path, num_ranks: int, num_kills: int, random: Random) ->
         of_run = kill_until_done(runs, killed, random, min(KILLS_A_RUN, num_kills - len(kills)))
         is_same = same_bits(killed, whole)
         kills += [(kill, is_same) for kill in of_run]
-        print(f"{num_ranks} processes: {', '.join(map(str, of_run))}: {yes(is_same)}", flush=True)
+        print(f"{num_ranks} process(es), killed in {', '.join(map(str, of_run))}: {yes(is_same)}", flush=True)
     return kills
 
 

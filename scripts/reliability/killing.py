@@ -120,8 +120,7 @@ class Runs:
         _join(processes)
         codes = [process.exitcode for process in processes]
         if any(codes):
-            output = "\n".join(file.read_text()[-2000:] for file in sorted(folder.glob("output*")))
-            raise RuntimeError(f"the run ended with {codes}:\n{output}")
+            raise RuntimeError(f"the run ended with {codes}:\n{_printed(folder)}")
 
     def kill(self, folder: Path, moment: Moment) -> list[str]:
         """Trains as `finish` does, and kills all ranks at the moment; returns the phase that each was killed in.
@@ -130,10 +129,13 @@ class Runs:
             RuntimeError: the run ended before.
         """
         processes, phases, told = self._start(folder, moment)
-        if not told.poll(SECONDS):
+        try:
+            if not told.poll(SECONDS):
+                raise EOFError
+            told.recv()
+        except EOFError:
             _join(processes, seconds=0)
-            raise RuntimeError(f"the run never came to {moment}")
-        told.recv()
+            raise RuntimeError(f"the run never came to {moment}:\n{_printed(folder)}") from None
         time.sleep(moment.seconds)
         for process in (processes[moment.rank], *processes):
             process.kill()
@@ -151,6 +153,7 @@ class Runs:
             arguments = (rank, self.num_ranks, port, folder, phase, own, there)
             processes.append(self._context.Process(target=_train_as_rank, args=arguments))
             processes[-1].start()
+        there.close()  # so that the end of those who have it shows
         return processes, phases, here
 
 
@@ -185,6 +188,10 @@ def _join(processes: Sequence[Any], seconds: float = SECONDS) -> None:
         process.join()
 
 
+def _printed(folder: Path) -> str:
+    return "\n".join(file.read_text()[-2000:] for file in sorted(folder.glob("output*")))
+
+
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -204,6 +211,10 @@ class Kill:
     num_ranks: int
     phase: str
     left: tuple[str | None, str | None]
+
+    def __str__(self) -> str:
+        last, whole = self.left
+        return f"{self.phase} ({last}{f'; whole: {whole}' if self.is_half_written else ''})"
 
     @property
     def is_half_written(self) -> bool:
