@@ -72,8 +72,8 @@ def begin(checkpoint: Path, trainer: Any, ranks: Ranks) -> None:
     The folder may hold an earlier checkpoint of the same step, whose state would vouch for files of both.
     """
     (checkpoint / STATE).unlink(missing_ok=True)
-    # With `save_on_each_node` the folder of a machine has those of its own ranks only.
-    if ranks.count > 1 and not trainer.args.save_on_each_node:
+    # With `save_on_each_node` the folder of a machine has those of its own ranks only, with `save_only_model` none.
+    if ranks.count > 1 and not (trainer.args.save_on_each_node or trainer.args.save_only_model):
         keep_entry(trainer, RANDOM_STATES, {"count": ranks.count})
     else:
         drop_entry(trainer, RANDOM_STATES)

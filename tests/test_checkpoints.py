@@ -200,10 +200,11 @@ def test_random_states_of_all_ranks_belong_to_a_checkpoint(rank: int, copy: Path
         assert last_checkpoint(copy) == str(copy / "checkpoint-4")
 
 
-def test_one_process_and_machines_with_disks_of_their_own_vouch_for_no_random_states(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["save_on_each_node", "save_only_model"])
+def test_random_states_that_are_not_written_there_are_not_missed(option: str, tmp_path: Path) -> None:
     saver = trainer(tmp_path)
     checkpoints.begin(tmp_path, saver, Ranks())
     assert saver.state.stateful_callbacks["hf_mbp_random_states"] == {"count": 2}
-    saver.args.save_on_each_node = True
+    setattr(saver.args, option, True)
     checkpoints.begin(tmp_path, saver, Ranks())
     assert "hf_mbp_random_states" not in saver.state.stateful_callbacks
