@@ -188,13 +188,15 @@ def told(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Each count along the steps."""
+    """Each count along the steps; of memory and objects what there is more than in the first."""
     figure = Figure(figsize=(10, 7), layout="constrained")
-    steps = [count["step"] for count in result["counts"]]
+    counts = result["counts"]
     for axes, (name, label) in zip(figure.subplots(len(COUNTED), 1, sharex=True), COUNTED.items(), strict=True):
-        axes.plot(steps, [count[name] / UNITS.get(name, 1) for count in result["counts"]], color=BLUE, linewidth=1)
-        axes.set_title(label, loc="left", fontsize=9)
-        axes.set_ylim(bottom=0)
+        unit, first = (UNITS[name], counts[0][name]) if name in UNITS else (1, 0)
+        values = [(count[name] - first) / unit for count in counts]
+        axes.plot([count["step"] for count in counts], values, color=BLUE, linewidth=1)
+        axes.set_title(f"{label}, from {first / unit:,.0f} on" if first else label, loc="left", fontsize=9)
+        axes.set_ylim(min(0, *values), 1.2 * max(values) + (max(values) == 0))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
         axes.margins(x=0.01)
