@@ -7,12 +7,13 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, send_to_device
 from transformers import Trainer
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from hf_mbp import wrapped
 
@@ -431,4 +432,9 @@ def save_checkpoint(trainer: Any) -> str | None:
     if trainer.args.save_strategy == "no" or not trainer.state.global_step:
         return None
     trainer._save_checkpoint(trainer.model, trial=None)
-    return f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}"
+    return str(checkpoint_folder(trainer, trial=None))
+
+
+def checkpoint_folder(trainer: Any, trial: Any) -> Path:
+    """Where `_save_checkpoint` writes now; `trial` is one of a hyperparameter search."""
+    return Path(trainer._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")

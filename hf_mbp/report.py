@@ -220,6 +220,15 @@ def retry_line(step: int, faults: list[Fault], micro_batches: list[MicroBatch]) 
     return f"hf_mbp: step {step}: no memory{where} for {fault}{reason}. The step is run again from its start, {how}."
 
 
+def hidden_loss(step: int, loss: float) -> str:
+    """What a loss that is no finite number means, which stock keeps out of the logs."""
+    return (
+        f"Step {step}: the loss is {loss}, which logging_nan_inf_filter keeps out of the logs. The weights, and "
+        "checkpoints from here on, may hold no numbers any more. Go on from an earlier checkpoint, with a lower "
+        "learning_rate or without the rows that do this."
+    )
+
+
 def compiled_note() -> str:
     """What compilation makes of micro-batches of changing shapes."""
     return (

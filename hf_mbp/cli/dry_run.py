@@ -43,7 +43,7 @@ def rehearse(
     with tempfile.TemporaryDirectory() as folder, replaced(Accelerator, prepare_model=_where_it_is):
         tried = replace(recipe, model=without_weights(recipe.model), train=_written_to(folder, recipe.train))
         processor, setup = prepare(tried)
-        # Before there is a trainer, which may put other adapters into the model, and TRL's change how it computes its loss
+        # Before there is a trainer, which may change the model: other adapters, another way to compute its loss
         plan = plan_of(recipe, recipe.train.device, setup)
         model = described(setup.model)
         make_trainer(tried, processor, setup)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
+from hf_mbp.checkpoints import STATE, fault_of_state, last_checkpoint
 from hf_mbp.cli.errors import UserError
 
 RECIPE = "recipe.yaml"
 BEFORE_RESULTS = "eval_before_results.json"
 # What a run writes beside model and tokenizer, which the next run replaces anyway.
-_RESULTS = (RECIPE, BEFORE_RESULTS, "train_results.json", "eval_results.json", "all_results.json", "trainer_state.json")
+_RESULTS = (RECIPE, BEFORE_RESULTS, "train_results.json", "eval_results.json", "all_results.json", STATE)
 PLOTS = ("loss.png", "padding.png")
 CARD = "README.md"
 CARD_MARK = "<!-- This card was written by hf-mbp train. -->"
@@ -51,7 +50,7 @@ def has_own_card(folder: Path) -> bool:
 
 
 def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
-    """Return the checkpoint to go on from: ``true`` or ``last`` is the last one in the folder, anything else its path.
+    """Return the checkpoint to go on from: ``true`` or ``last`` is the last whole one in the folder, else its path.
 
     Raises:
         UserError: there is none.
@@ -59,14 +58,14 @@ def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
     if wanted is None or wanted.lower() in ("false", "none"):
         return None
     if wanted.lower() in ("true", "last"):
-        last: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        last = last_checkpoint(folder)
         if last is None:
-            raise UserError(f"resume_from_checkpoint is {wanted!r}, but output_dir {folder} has no checkpoint-* folder")
+            raise UserError(
+                f"resume_from_checkpoint is {wanted!r}, but output_dir {folder} has no whole checkpoint-* folder"
+            )
         return Path(last)
-    if not Path(wanted, "trainer_state.json").is_file():
-        raise UserError(
-            f"resume_from_checkpoint: {wanted} is not a checkpoint of the Trainer (it has no trainer_state.json)"
-        )
+    if fault := fault_of_state(Path(wanted)):
+        raise UserError(f"resume_from_checkpoint: {wanted} is not a whole checkpoint of the Trainer ({fault})")
     return Path(wanted)
 
 

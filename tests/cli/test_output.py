@@ -58,12 +58,19 @@ class TestFindCheckpoint:
     def run(self, tmp_path: Path) -> Path:
         for step in (9, 10):
             (tmp_path / f"checkpoint-{step}").mkdir()
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
         return tmp_path
 
     @pytest.mark.parametrize("wanted", ["last", "true", "True"])
     def test_last(self, run: Path, wanted: str) -> None:
         assert find_checkpoint(wanted, run) == run / "checkpoint-10"
+
+    def test_half_written(self, run: Path) -> None:
+        (run / "checkpoint-10" / "trainer_state.json").write_text("{")
+        with pytest.warns(UserWarning, match="checkpoint-10 is passed over"):
+            assert find_checkpoint("last", run) == run / "checkpoint-9"
+        with pytest.raises(UserError, match="checkpoint-10 is not a whole checkpoint of the Trainer"):
+            find_checkpoint(str(run / "checkpoint-10"), run)
 
     def test_path(self, run: Path) -> None:
         assert find_checkpoint(str(run / "checkpoint-9"), run / "elsewhere") == run / "checkpoint-9"
@@ -73,7 +80,7 @@ class TestFindCheckpoint:
         assert find_checkpoint(wanted, run) is None
 
     def test_mistakes(self, run: Path) -> None:
-        with pytest.raises(UserError, match=r"'last', but output_dir .*new has no checkpoint-\* folder"):
+        with pytest.raises(UserError, match=r"'last', but output_dir .*new has no whole checkpoint-\* folder"):
             find_checkpoint("last", run / "new")
-        with pytest.raises(UserError, match="nowhere is not a checkpoint of the Trainer"):
+        with pytest.raises(UserError, match="nowhere is not a whole checkpoint of the Trainer"):
             find_checkpoint("nowhere", run)
