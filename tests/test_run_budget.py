@@ -1,6 +1,7 @@
 """The budget of a run follows what a device says, keeps every change, and a resumed run goes on alike."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import BertForMaskedLM, TrainerCallback
 
 from hf_mbp import control, memory, rehearsal
 from hf_mbp.gauge import Gauge
+from hf_mbp.plan import Budget
 from hf_mbp.rehearsal import longest_rows
 from hf_mbp.row_lengths import known_lengths
 from tests.helpers import bert_config, build, masked_prefix, mbp_trainer, token_rows, with_labels
@@ -144,6 +146,34 @@ def test_another_library_or_device_finds_the_budget_anew(tmp_path: Path, monkeyp
     monkeypatch.setattr("hf_mbp.profile._device_name", lambda device: "another")
     with pytest.warns(UserWarning, match=r"does not hold here: device was cpu .* and is another. It is found anew"):
         run(tmp_path / "resumed", lambda step: 0.9, max_steps=7, resume_from=str(tmp_path / "checkpoint-6"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda entry: ["x"], r"cannot be read \(it is \['x'\]\)"),
+        (lambda entry: {**entry, "settled_at": "x"}, r"cannot be read \(profile.settled_at is 'x'\)"),
+        (lambda entry: {**entry, "events": [{"step": 1}]}, r"cannot be read \(profile.events\[0\] has no 'what'\)"),
+        (
+            lambda entry: {**entry, "budget": {**entry["budget"], "max_tokens": 10**9}},
+            "its budget of 1000000000 tokens is not within the 200 that are asked for",
+        ),
+        (lambda entry: {**entry, "budget": {}}, "its budget of None tokens is not within the 200"),
+        (lambda entry: {**entry, "room": {"allowed_bytes": 9, "resting_bytes": 1}}, "either a room .* and not both"),
+    ],
+)
+def test_a_budget_that_was_changed_by_hand_is_found_anew(
+    spoil: Callable[[dict[str, Any]], Any], reason: str, tmp_path: Path
+) -> None:
+    options = {"max_tokens_per_micro_batch": 200, "memory_limit": None}
+    run(tmp_path, lambda step: 1.0, max_steps=6, **options)
+    file = tmp_path / "checkpoint-6" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    state["stateful_callbacks"]["hf_mbp"] = spoil(state["stateful_callbacks"]["hf_mbp"])
+    file.write_text(json.dumps(state))
+    with pytest.warns(UserWarning, match=f"The budget of the checkpoint does not hold here: .*{reason}"):
+        trainer, _ = run(tmp_path / "resumed", lambda step: 1.0, max_steps=7, resume_from=str(file.parent), **options)
+    assert trainer.mbp_feed.budget.settled == Budget(max_tokens=200)
 
 
 def test_a_fault_shrinks_a_cap_that_was_given_and_never_beyond_it(tmp_path: Path) -> None:

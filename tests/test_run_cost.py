@@ -163,7 +163,8 @@ def test_a_checkpoint_from_before_has_nothing_to_replay(tmp_path: Path) -> None:
     [
         (lambda entry: entry["key"].update(device="another"), "device was another and is cpu"),
         (lambda entry: entry.update(version=2), r"it cannot be read \(version 2 is not known here, only 1\)"),
-        (lambda entry: entry["calibration"].pop("cost"), "it cannot be read"),
+        (lambda entry: entry["calibration"].pop("cost"), r"it cannot be read \(entry.calibration has no 'cost'\)"),
+        (lambda entry: entry["calibration"]["cost"].update(overhead="x"), r"it .*calibration.cost.overhead is 'x'"),
     ],
 )
 def test_what_holds_for_something_else_is_measured_anew(

@@ -81,7 +81,10 @@ def load_image_folder(folder: Path) -> Dataset:
     Raises:
         UserError: there are no images.
     """
-    with user_errors(f"folder {folder} cannot be read as images", (DatasetGenerationError, ValueError, OSError)):
+    with user_errors(
+        f"folder {folder} (train_file, validation_file) cannot be read as images",
+        (DatasetGenerationError, ValueError, OSError),
+    ):
         # a pattern, because of a folder's name alone datasets would take folders called train and test for splits
         return load_dataset("imagefolder", data_files={"train": [str(folder / "**")]}, split="train")
 
@@ -119,7 +122,7 @@ def _from_hub(arguments: DataArguments) -> Splits:
 def _load_from_hub(name: str, config_name: str | None) -> DatasetDict:
     # A data set that is a program is refused by a RuntimeError.
     kinds = (ValueError, OSError, RuntimeError, DatasetGenerationError)
-    with user_errors(f"data set {name} cannot be loaded from the Hub", kinds):
+    with user_errors(f"data set {name} (dataset_name) cannot be loaded from the Hub", kinds):
         return load_dataset(name, config_name)
 
 

@@ -16,13 +16,13 @@ from hf_mbp.cli.card import write_card
 from hf_mbp.cli.command import HELP, run_command
 from hf_mbp.cli.data import load_splits
 from hf_mbp.cli.dry_run import rehearse
-from hf_mbp.cli.errors import UserError, say, user_errors
+from hf_mbp.cli.errors import UserError, say
 from hf_mbp.cli.help import short_help
 from hf_mbp.cli.models import load_config
 from hf_mbp.cli.output import BEFORE_RESULTS, RECIPE, delete_run, find_checkpoint, refuse_other_run
 from hf_mbp.cli.padding import PaddingTotals
 from hf_mbp.cli.plots import plot_loss, plot_padding
-from hf_mbp.cli.recipe import Recipe, dump_recipe, find_task_name, read_recipe, recipe_parser
+from hf_mbp.cli.recipe import Recipe, Values, dump_recipe, find_task_name, read_recipe, recipe_parser
 from hf_mbp.cli.resuming import checkpoint_error
 from hf_mbp.cli.tasks import find_task, load_processor
 from hf_mbp.cli.tasks.base import TaskSetup
@@ -95,8 +95,7 @@ def make_trainer(recipe: Recipe, processor: Any, setup: TaskSetup) -> MBPMixin:
         "compute_metrics": setup.compute_metrics,
         "preprocess_logits_for_metrics": setup.preprocess_logits_for_metrics,
     }
-    # RuntimeError and ImportError: what reports to something that is not installed, or an optimizer that is not
-    with user_errors("the trainer refuses", (ValueError, OSError, RuntimeError, ImportError)):
+    try:
         trainer: MBPMixin = setup.make_trainer(
             model=setup.model,
             args=recipe.train,
@@ -106,7 +105,18 @@ def make_trainer(recipe: Recipe, processor: Any, setup: TaskSetup) -> MBPMixin:
             processing_class=processor,
             **{name: value for name, value in of_the_task.items() if value is not None},
         )
+    except UserError:
+        raise
+    # ImportError and RuntimeError: of what a report or an optimizer needs and is not installed
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        raise UserError(f"the trainer refuses{_quoted_options(recipe.given, error)}: {error}") from error
     return trainer
+
+
+def _quoted_options(given: Values, error: Exception) -> str:
+    """The options whose values a message quotes, which seldom says whose they are."""
+    names = [name for name, value in given.items() if f"'{value}'" in str(error)]
+    return f" ({', '.join(names)})" if names else ""
 
 
 def _claim_folder(recipe: Recipe, folder: Path, *, resuming: bool) -> None:
@@ -137,28 +147,30 @@ def _evaluate(trainer: MBPMixin, prefix: str) -> Metrics:
     return metrics
 
 
-class _Begun(TrainerCallback):
-    """Notes whether the first step has begun."""
+class _Progress(TrainerCallback):
+    """Notes how far training has come: whether a checkpoint was read, and whether the first step has begun."""
 
-    is_so = False
+    is_loaded = has_begun = False
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """All of a checkpoint was read, but for the states of random numbers."""
+        self.is_loaded = True
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """All has been read and planned."""
-        self.is_so = True
+        """The first step is planned."""
+        self.has_begun = True
 
 
 def _train(trainer: MBPMixin, checkpoint: Path | None) -> Metrics:
-    begun = _Begun()
-    trainer.add_callback(begun)
+    progress = _Progress()
+    trainer.add_callback(progress)
     try:
         metrics: Metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
     except Exception as error:
-        if begun.is_so:
+        if progress.has_begun:
             raise
-        if checkpoint is not None:
-            told = checkpoint_error(checkpoint, error, is_loaded=trainer.mbp_feed.cost.is_settled)
-            if told is not None:
-                raise told from error
+        if checkpoint is not None and (told := checkpoint_error(checkpoint, error, is_loaded=progress.is_loaded)):
+            raise told from error
         # Before the first step it is the set-up that is refused: no memory left, a loss that cannot be split.
         if isinstance(error, ValueError):
             raise UserError(f"training cannot start: {error}") from error

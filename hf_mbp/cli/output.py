@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 from hf_mbp.checkpoints import STATE, fault_of_state, last_checkpoint
-from hf_mbp.cli.errors import UserError
+from hf_mbp.cli.errors import UserError, user_errors
+from hf_mbp.cli.sources import is_there
 
 RECIPE = "recipe.yaml"
 BEFORE_RESULTS = "eval_before_results.json"
@@ -24,9 +25,11 @@ def refuse_other_run(folder: Path, *, overwrite: bool, resuming: bool) -> None:
     Raises:
         UserError: it does, or its path is a file.
     """
+    with user_errors(f"output_dir {folder}", (OSError, ValueError)):  # a name that no file system takes
+        found = _traces(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; name a folder")
-    if not (overwrite or resuming) and (found := _traces(folder)):
+    if found and not (overwrite or resuming):
         raise UserError(
             f"output_dir {folder} holds an earlier run ({found[0].name}); name another folder,"
             " write --overwrite_output_dir to delete that run, or --resume_from_checkpoint last to go on with it"
@@ -58,13 +61,14 @@ def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
     if wanted is None or wanted.lower() in ("false", "none"):
         return None
     if wanted.lower() in ("true", "last"):
-        last = last_checkpoint(folder)
+        last = last_checkpoint(folder) if is_there(folder) else None
         if last is None:
             raise UserError(
                 f"resume_from_checkpoint is {wanted!r}, but output_dir {folder} has no whole checkpoint-* folder"
             )
         return Path(last)
-    if fault := fault_of_state(Path(wanted)):
+    fault = fault_of_state(Path(wanted)) if is_there(Path(wanted)) else "there is no such folder"
+    if fault:
         raise UserError(f"resume_from_checkpoint: {wanted} is not a whole checkpoint of the Trainer ({fault})")
     return Path(wanted)
 

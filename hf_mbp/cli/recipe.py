@@ -18,7 +18,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments, RunArguments
 from hf_mbp.cli.errors import UserError, user_errors
-from hf_mbp.cli.sources import resolve_config, resolve_file
+from hf_mbp.cli.sources import is_there, resolve_config, resolve_file
 from hf_mbp.cli.training_arguments import TRL_TASKS, training_arguments
 from hf_mbp.config import MBPConfig
 
@@ -133,7 +133,7 @@ def find_task_name(argv: Sequence[str]) -> str:
         known, rest = parser.parse_known_args(list(argv))
     if known.task is not None:
         return str(known.task)
-    files = [Path(word) for word in rest if word.endswith((".yaml", ".yml")) and Path(word).is_file()]
+    files = [Path(word) for word in rest if word.endswith((".yaml", ".yml")) and is_there(Path(word))]
     return str(_load_mapping(files[0]).get("task", DEFAULT_TASK)) if files else DEFAULT_TASK
 
 
@@ -201,13 +201,13 @@ def _load_mapping(file: Path) -> Mapping[Any, Any]:
         text = file.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text)
-    if not isinstance(root, yaml.MappingNode):
+    if not isinstance(root, yaml.MappingNode) or not isinstance(content, dict):
         raise UserError(f"recipe {file}: it must be a mapping of keys to values, such as 'learning_rate: 3e-5'")
     keys = [key.value for key, _ in root.value]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice is not None:
         raise UserError(f"recipe {file}: {twice!r} is written twice")
-    return dict(content)
+    return content
 
 
 def _convert(parser: argparse.ArgumentParser, key: str, value: Any, kinds: tuple[type, ...]) -> Any:

@@ -40,7 +40,7 @@ def resolve_file(path: str, recipe_folder: Path) -> Path:
     """Return the data file or folder at ``path``, looked up in the working directory, then in the recipe's folder."""
     candidates = _candidates(path, recipe_folder)
     for candidate in candidates:
-        if candidate.exists():
+        if is_there(candidate):
             return candidate.resolve()
     looked_in = " and ".join(dict.fromkeys(str(c.absolute().parent) for c in candidates))
     raise UserError(f"no file {path} (train_file, validation_file); looked in {looked_in}")
@@ -48,7 +48,15 @@ def resolve_file(path: str, recipe_folder: Path) -> Path:
 
 def resolve_config(name: str, recipe_folder: Path) -> str:
     """Return the folder of that name, looked up like a data file; a name on the Hub, or in a package, stays."""
-    return next((str(c.resolve()) for c in _candidates(name, recipe_folder) if c.is_dir()), name)
+    return next((str(c.resolve()) for c in _candidates(name, recipe_folder) if is_there(c) and c.is_dir()), name)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or folder of that name; of one that no file system takes there is none."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a zero in it
+        return False
 
 
 def _candidates(path: str, recipe_folder: Path) -> list[Path]:

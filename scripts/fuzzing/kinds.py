@@ -103,6 +103,11 @@ def make_recipe(random: Random) -> Input:
     )
 
 
+def right_recipe(task: str) -> dict[str, bytes]:
+    """A recipe with nothing wrong, and its data."""
+    return {"recipe.yaml": yaml.safe_dump(_tiny_recipe(task)).encode(), **tables.right_files(task)}
+
+
 def _tiny_recipe(task: str) -> dict[str, Any]:
     return {
         "task": task,
@@ -169,11 +174,10 @@ def _remembered(estimate_memory: Callable[..., Any]) -> Callable[..., Any]:
 def make_command(random: Random) -> Input:
     """Words of one of the commands, with changes."""
     task = random.choice(list(tables.TASKS))
-    files = {"recipe.yaml": yaml.safe_dump(_tiny_recipe(task)).encode(), **tables.right_files(task)}
     words = _right_words(random.choice(list(COMMANDS)), task)
     for _ in range(random.randint(1, 3)):
         words = _spoiled_words(random, words, task)
-    return Input(argv=tuple(words), files=files)
+    return Input(argv=tuple(words), files=right_recipe(task))
 
 
 def _right_words(command: str, task: str) -> list[str]:

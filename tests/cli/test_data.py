@@ -159,5 +159,7 @@ class TestHub:
             load(tmp_path, dataset_name="owner/reviews", dataset_config_name="en", validation_split="dev")
 
     def test_unknown_data_set(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"data set owner/none cannot be loaded from the Hub: .*doesn't exist"):
+        with pytest.raises(
+            UserError, match=r"data set owner/none \(dataset_name\) cannot be loaded from the Hub: .*doesn't exist"
+        ):
             load(tmp_path, dataset_name="owner/none")

@@ -120,6 +120,16 @@ def test_a_failure_is_one_line_and_its_traceback_is_kept(
     assert "in failure" in kept.read_text()
 
 
+def test_a_long_word_does_not_hide_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    def mistake() -> None:
+        raise UserError(f"recipe {'x' * 5000}: no such file")
+
+    assert run_reporting_errors(mistake, []) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("xxx...: no such file\n") or error.endswith("xxx... no such file\n")
+    assert len(error) < 800
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
 def test_notes_of_a_failure_are_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -99,6 +99,12 @@ def test_values_get_the_type_of_their_field(
         ("seed", "must be a mapping of keys to values"),
         ("", "must be a mapping of keys to values"),
         ("a: [", "while parsing a flow"),
+        ("a: " + "[" * 3000, "recursion"),
+        ("seed: 2020-13-45", "month must be in 1..12"),
+        ("seed: !!float x", "could not convert string to float"),
+        ("seed: !!bool x", "'x'"),
+        ("seed: " + "1" * 5000, "integer string"),
+        ("!!set {seed}", "must be a mapping of keys to values"),
     ],
 )
 def test_mistakes_in_the_file_name_the_key_and_the_file(
@@ -144,6 +150,11 @@ def test_a_missing_file_is_named(parser: argparse.ArgumentParser) -> None:
         (["--train_file", "a", "--dtype", "int8"], "dtype is 'int8'; write one of float32"),
         (["--train_file", "a", "--memory_limit", "lots"], "memory_limit='lots'"),
         (["--train_file", "a", "--max_tokens_per_micro_batch", "0"], "max_tokens_per_micro_batch"),
+        (
+            ["--train_file", "a", "--report_to", "paper"],
+            "bad option: report_to is 'paper': paper is not supported",
+        ),
+        (["--train_file", "a", "--use_cpu", "--deepspeed", "no.json"], "bad option: deepspeed is 'no.json': "),
     ],
 )
 def test_mistakes_on_the_command_line(argv: list[str], message: str) -> None:

@@ -142,7 +142,7 @@ class TestTextClassification:
         assert setup.train["input_ids"][0] == [2, 6, 3, 7, 7, 3]
 
     def test_texts_must_be_text(self, encoder: Path) -> None:
-        with pytest.raises(UserError, match="column 'text' must hold text, but has None"):
+        with pytest.raises(UserError, match="train rows: column 'text' must hold text, but has None; leave out"):
             prepare("text_classification", encoder, [{"text": "a", "label": 0}, {"text": None, "label": 1}])
 
     def test_the_collator_pads_to_the_longest_of_the_group(self, encoder: Path) -> None:
@@ -229,6 +229,27 @@ class TestLanguageModeling:
         tokenizer.chat_template = "{{ messages | length }} {{ messages[-1]['content'] }}"
         messages = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
         with pytest.raises(UserError, match="chat template rewrites earlier messages"):
+            encode_conversation(tokenizer, messages)
+
+    @pytest.mark.parametrize(
+        ("messages", "message"),
+        [
+            (None, "must be a list of {role, content}, but one is None"),
+            ("hello", "must be a list of {role, content}, but one is 'hello'"),
+            ([{"content": "a"}], "must be a list of {role, content}"),
+            ([{"role": "assistant", "content": "a"}], "begins with the assistant"),
+            ([{"role": "user", "content": 3}, {"role": "assistant", "content": "a"}], "template does not take .* 3"),
+            ([{"role": "user", "content": "a"}, {"role": "assistant"}], "template does not take the conversation"),
+        ],
+    )
+    def test_what_is_no_conversation(self, tokenizer: Any, messages: Any, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            encode_conversation(tokenizer, messages)
+
+    def test_what_the_template_itself_refuses(self, tokenizer: Any) -> None:
+        tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+        messages = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+        with pytest.raises(UserError, match=r"does not take the conversation .*: roles must alternate"):
             encode_conversation(tokenizer, messages)
 
     def test_missing_columns(self, chat_model: Path) -> None:

@@ -403,6 +403,16 @@ def test_mistakes_are_told_in_one_line(
     assert message in line
 
 
+@pytest.mark.parametrize("adapters", [{}, LORA])
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_a_dry_run_shows_the_plan(
+    task: str, adapters: dict[str, Any], request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TRL changes how a model computes its loss, and moves the reference, as soon as a trainer is made."""
+    assert main([str(request.getfixturevalue(task)(**adapters)), "--dry_run"]) == 0
+    assert "dry run: nothing was trained" in capsys.readouterr().out
+
+
 def test_losses_with_two_denominators_are_refused(dpo: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(dpo(loss_type=["sigmoid", "sft"]))]) == 2
     assert "two denominators" in capsys.readouterr().err
