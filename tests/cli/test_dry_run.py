@@ -47,7 +47,7 @@ def test_weights_are_not_read_and_not_trained(recipe: Callable[..., Path], monke
         ({"text_column": "body"}, "has no column 'body'"),
         ({"eval_strategy": "steps", "validation_file": None}, "the trainer refuses: "),
         ({"memory_limit": "1KiB"}, "weights, gradients and optimizer states alone take"),
-        ({"resume_from_checkpoint": True}, "has no checkpoint-* folder"),
+        ({"resume_from_checkpoint": True}, "has no whole checkpoint-* folder"),
     ],
 )
 def test_mistakes_are_found(
