@@ -7,7 +7,7 @@ than the modelled ones do.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -83,15 +83,6 @@ class Calibration:
             f"micro-batch costs {self.cost.overhead:,.0f} by itself (modelled {modelled.overhead:,.0f}), a pair of "
             f"positions {self.cost.attention:.2g} ({modelled.attention:.2g}){floor}."
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """As it goes into a checkpoint."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "Calibration":
-        """As it was kept."""
-        return cls(**{**fields, "cost": Cost(**fields["cost"])})
 
 
 def calibrated(timed: Sequence[Timed], modelled: Cost) -> Calibration:

@@ -233,10 +233,15 @@ def items_argument(trainer: Any, num_items: float) -> torch.Tensor | None:
     `None`, so that every head returns its own mean; the micro-batch's own count, which gives the same mean, if the
     user's code may want to divide by it; 1 for a micro-batch of weight zero, which has none.
     """
-    is_overridden = type(trainer).compute_loss is not Trainer.compute_loss or "compute_loss" in vars(trainer)
-    if trainer.compute_loss_func is None and not is_overridden:
+    if not has_own_loss(trainer):
         return None
     return torch.full((), num_items or 1, device=trainer.args.device)  # a copy would wait for the device
+
+
+def has_own_loss(trainer: Any) -> bool:
+    """Whether the loss is computed by code of the user or of another trainer, not by the model alone."""
+    is_overridden = type(trainer).compute_loss is not Trainer.compute_loss or "compute_loss" in vars(trainer)
+    return is_overridden or trainer.compute_loss_func is not None
 
 
 def to_training_mode(trainer: Any, model: torch.nn.Module) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hf_mbp.collate import Inputs, num_rows_of
-from hf_mbp.padding import IGNORE_INDEX
+from hf_mbp.padding import IGNORE_INDEX, MASK
 
 
 def items_of(inputs: Inputs, config: Any, shifts_labels: Callable[[Inputs], bool]) -> int:
@@ -59,9 +59,14 @@ def count_items(inputs: Inputs, *, shifts: bool, is_regression: bool = False) ->
 
 
 def has_token_labels(inputs: Inputs) -> bool:
-    """Whether there are integer labels of more than one dimension, which a loss may or may not shift."""
+    """Whether there are integer labels of more than one dimension, which a loss may or may not shift.
+
+    Not those of rows that are all empty: nothing can be tried with them.
+    """
     labels = inputs.get("labels")
-    return isinstance(labels, torch.Tensor) and labels.ndim >= 2 and not labels.is_floating_point()
+    if not isinstance(labels, torch.Tensor) or labels.ndim < 2 or labels.is_floating_point():
+        return False
+    return labels.numel() > 0
 
 
 def is_regression(config: Any, labels: Any) -> bool:
@@ -113,11 +118,17 @@ def with_an_item(inputs: Inputs) -> Inputs:
 
 def _widened(inputs: Inputs) -> Inputs:
     """Inputs whose rows have a second column, without which a loss that shifts has nothing to predict."""
-    if not has_token_labels(inputs) or inputs["labels"].shape[-1] > 1:
+    labels = inputs["labels"]
+    if labels.ndim < 2 or labels.is_floating_point() or labels.shape[-1] > 1:
         return dict(inputs)
     return {
-        key: torch.cat([value, value], dim=1)
-        if isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] == 1
+        key: torch.cat([_one_column(key, value)] * 2, dim=1)
+        if isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] == labels.shape[-1]
         else value
         for key, value in inputs.items()
     }
+
+
+def _one_column(key: str, value: torch.Tensor) -> torch.Tensor:
+    """Of rows that are all empty, a first token, which is not masked."""
+    return value if value.shape[1] else value.new_full((len(value), 1), int(key.endswith(MASK)))

@@ -14,10 +14,12 @@ BUDGET, COST, RANDOM_STATES = "hf_mbp", "hf_mbp_cost", "hf_mbp_random_states"
 ranks save the states of their random numbers."""
 
 
-def kept_entry(trainer: Any, name: str) -> dict[str, Any] | None:
-    """The entry of the run that is resumed, or of this one; `None` if there is none."""
-    entry: dict[str, Any] | None = trainer.state.stateful_callbacks.get(name)
-    return entry or None
+def kept_entry(trainer: Any, name: str) -> Any:
+    """The entry of the run that is resumed, or of this one; `None` if there is none.
+
+    A dictionary, if nobody has changed the checkpoint.
+    """
+    return trainer.state.stateful_callbacks.get(name) or None
 
 
 def keep_entry(trainer: Any, name: str, entry: dict[str, Any]) -> None:
@@ -43,7 +45,7 @@ def kept_if_it_holds(
     kept, reason = None, ""
     try:
         kept, reason = read()
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         reason = f"{entry} cannot be read ({error})"
     if ranks.highest(bool(reason)) == 0:
         return kept

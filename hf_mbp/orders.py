@@ -4,7 +4,7 @@ Rows of one length are sorted by it: no other groups are better. Rows of several
 have no such order. A group pads little if its rows are near each other in all lengths, so they are put on a curve that
 goes through all places and leaves none before it has been everywhere near it (Hilbert, 1891). If lengths depend on each
 other, as in translation, rows sorted by their longer part are often better, or, of few rows, what is on the curve seen
-from the opposite corner. So these three are compared.
+from the opposite corner. So these three are compared, and, of very few rows, the orders by each part.
 """
 
 from itertools import pairwise
@@ -19,6 +19,10 @@ MOST_COMPARED = 2048
 """Rows of several lengths up to which all orders are tried: three plans of so many take as long as one of 8,192 rows.
 Of more rows only the curve is: it was the best then in all cases that `scripts/pair_orders.py` simulates."""
 
+FEW = 16
+"""Rows up to which the orders by each part are tried: of unrelated lengths these are the best now and then, the
+fewer the rows the more often."""
+
 MOST_BITS = 62
 """Of a place on the curve, in all parts together."""
 
@@ -31,7 +35,8 @@ def orders_of(sizes: Ints) -> list[Ints]:
     if len(sizes) > MOST_COMPARED:
         return [from_the_longest]
     by_longer_part = np.lexsort((-sizes.sum(axis=1), -sizes.max(axis=1)))
-    return [by_longer_part, from_the_longest, _along_curve(sizes - sizes.min(axis=0))]
+    by_each_part = [np.argsort(-part, kind="stable") for part in sizes.T] if len(sizes) <= FEW else []
+    return [*by_each_part, by_longer_part, from_the_longest, _along_curve(sizes - sizes.min(axis=0))]
 
 
 def _along_curve(places: Ints) -> Ints:

@@ -41,7 +41,7 @@ def is_left_padded(inputs: Inputs) -> bool:
 
 
 def trim(inputs: Inputs, *, has_targets: bool = False, multiple_of: int = 1) -> Inputs:
-    """Collated inputs without the outer columns in which every row is padding.
+    """Collated inputs without the outer columns in which every row is padding, and has no label.
 
     Each mask (`attention_mask`, `sentence_0_attention_mask`, ...) speaks for the values with its prefix and its width.
     If something that is not known to have a column for each token is as wide, nothing is cut there.
@@ -54,6 +54,8 @@ def trim(inputs: Inputs, *, has_targets: bool = False, multiple_of: int = 1) -> 
     masks = {key.removesuffix(MASK): value for key, value in inputs.items() if key.endswith(MASK) and _is_flat(value)}
     used = {prefix: mask != 0 for prefix, mask in masks.items() if prefix + "input_features" not in inputs}
     labels = inputs.get("labels")
+    if not has_targets and "" in used:
+        used[""] = used[""] | _labelled(labels, used[""])
     if has_targets and _is_flat(labels):
         used["labels"] = used["decoder_"] = _target_columns(labels, used.get("decoder_"))
     trimmed = dict(inputs)
@@ -82,6 +84,12 @@ def _is_strange(key: str, value: Any, width: int) -> bool:
     if not isinstance(value, torch.Tensor) or width not in value.shape[1:]:
         return False
     return not has_token_columns(key, value, width) or width in value.shape[2:]
+
+
+def _labelled(labels: Any, like: torch.Tensor) -> torch.Tensor:
+    """Tokens with a label: one that is masked has one where an end token also pads, and the mask is made of that."""
+    is_of_tokens = isinstance(labels, torch.Tensor) and labels.shape == like.shape and not labels.is_floating_point()
+    return labels != IGNORE_INDEX if is_of_tokens else torch.zeros_like(like)
 
 
 def _target_columns(labels: Any, decoder_mask: torch.Tensor | None) -> torch.Tensor:

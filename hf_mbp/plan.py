@@ -3,11 +3,12 @@
 A micro-batch of rows whose lengths differ is padded to its longest row, so it costs `rows x width` cells. Sorting the
 rows by length and cutting the sorted list into contiguous groups gives, for any group sizes, the smallest widths
 possible. What is left to choose is where to cut, so that the plan is the cheapest among those that respect the budget;
-see `cuts.py`. Where rows have two lengths, several orders are cut, and the cheapest plan is taken; see `orders.py`.
+see `cuts.py`. Where rows have two lengths, several orders are cut (see `orders.py`), single rows change to groups that
+suit them better (see `moves.py`), and the cheapest plan is taken.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from fractions import Fraction
@@ -18,7 +19,8 @@ import numpy as np
 
 from hf_mbp.cuts import Floats as Floats
 from hf_mbp.cuts import Ints as Ints
-from hf_mbp.cuts import SortedRows, best_cuts, best_cuts_into, time_of_cuts
+from hf_mbp.cuts import SortedRows, best_cuts, best_cuts_into
+from hf_mbp.moves import better_groups
 from hf_mbp.orders import orders_of
 
 Size: TypeAlias = int | tuple[int, ...]
@@ -148,8 +150,9 @@ def plan_micro_batches(
 
     Every index is used exactly once, and the micro-batch with the longest rows comes first, so that the worst case
     for memory is met at once. Among all plans that respect the cap the one with the smallest modelled time is taken
-    (see `Cost`), so a micro-batch may have fewer cells than it could; among those that cut one of three orders where
-    rows have two lengths. A row that alone is longer than `max_tokens` runs by itself.
+    (see `Cost`), so a micro-batch may have fewer cells than it could; where rows have two lengths, the best that is
+    found by cutting some orders, and by moving single rows. A row that alone is longer than `max_tokens` runs by
+    itself.
 
     Args:
         lengths: tokens of each row; a tuple `(source, target)` where two parts are padded separately.
@@ -216,33 +219,53 @@ def plan_rows(sizes: Ints, budget: Budget, cost: Cost, *, num_micro_batches: int
     """The cheapest plan for rows of the given `sizes` `[rows, parts]`; see `plan_micro_batches`."""
     if num_micro_batches is not None:
         _check_count(num_micro_batches, len(sizes))
-    plans = [_cut_in_order(order, sizes, budget, cost, num_micro_batches) for order in orders_of(sizes)]
-    time, groups = min(plans, key=lambda plan: plan[0])
-    if time == np.inf:
+    plans = [_groups_in_order(order, sizes, budget, cost, num_micro_batches) for order in orders_of(sizes)]
+    possible = [groups for groups in plans if groups is not None]
+    if not possible:
         raise ValueError(
             f"num_micro_batches={num_micro_batches} is too few: {len(sizes)} rows need more micro-batches to "
             f"respect {budget}."
         )
+    groups = min(possible, key=lambda groups: _time_of(groups, sizes, cost))
     return sorted(groups, key=lambda group: -int(sizes[group].max(axis=0).sum()))
 
 
-def _cut_in_order(
+def _time_of(groups: list[list[int]], sizes: Ints, cost: Cost) -> float:
+    """Modelled time of micro-batches."""
+    width = np.array([sizes[group].max(axis=0).sum() for group in groups])
+    return float(cost(np.array([len(group) for group in groups]), width).sum())
+
+
+def _fits(budget: Budget, cost: Cost) -> Callable[[Any, Any], Any]:
+    """Whether micro-batches of several rows respect the cap and cost what is modelled."""
+    return lambda rows, width: np.logical_and(budget.fits(rows, width), cost.holds_for(rows, width))
+
+
+def _allowed(budget: Budget, cost: Cost) -> Callable[[Any, Any], Any]:
+    """Modelled time of micro-batches; infinite where there must be none."""
+    fits = _fits(budget, cost)
+    return lambda rows, width: np.where(np.logical_or(rows == 1, fits(rows, width)), cost(rows, width), np.inf)
+
+
+def _groups_in_order(
     order: Ints, sizes: Ints, budget: Budget, cost: Cost, num_micro_batches: int | None
-) -> tuple[float, list[list[int]]]:
-    """Groups of rows that are neighbours in an order, and their modelled time; infinite if there are too few."""
+) -> list[list[int]] | None:
+    """Groups of rows that are neighbours in an order, but for the few that are better off elsewhere.
 
-    def fits(rows: Any, width: Any) -> Any:
-        return np.logical_and(budget.fits(rows, width), cost.holds_for(rows, width))
-
-    rows = SortedRows(sizes=sizes[order], fits=fits, time_of_row=cost.of_row, floor=cost.floor)
+    `None` if so few groups are not possible.
+    """
+    rows = SortedRows(sizes=sizes[order], fits=_fits(budget, cost), time_of_row=cost.of_row, floor=cost.floor)
     if num_micro_batches is None:
         cuts = best_cuts(rows, cost.overhead)
     else:
         exactly = best_cuts_into(rows, int(num_micro_batches), cost.overhead)
         if exactly is None:
-            return np.inf, []
+            return None
         cuts = exactly
-    return time_of_cuts(rows, cuts, cost.overhead), [order[start:end].tolist() for start, end in pairwise(cuts)]
+    groups = [order[start:end].tolist() for start, end in pairwise(cuts)]
+    if sizes.shape[1] == 1:
+        return groups
+    return better_groups(groups, sizes, _allowed(budget, cost), keeps_number=num_micro_batches is not None)
 
 
 def planned_groups(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hf_mbp import wrapped
+from hf_mbp.json_fields import value_object
 from hf_mbp.memory import Room, format_bytes
 from hf_mbp.plan import Budget, Layout
 
@@ -77,6 +78,14 @@ class Profile:
     events: tuple[Event, ...] = ()
     num_events: int = 0
 
+    def __post_init__(self) -> None:
+        asked, budget = self.options.get("max_tokens"), self.budget
+        is_beyond = budget.max_tokens is None or budget.max_tokens > asked if asked is not None else False
+        if is_beyond or (budget.max_tokens is None and budget.max_bytes is None):
+            raise ValueError(f"its budget of {budget.max_tokens} tokens is not within the {asked} that are asked for")
+        if (self.room is None) != (budget.max_bytes is None):
+            raise ValueError("it has either a room for activations or a budget of bytes, and not both")
+
     @property
     def knob(self) -> str:
         """What a change of the budget changes: `max_bytes`, or `max_tokens` where bytes are not known."""
@@ -138,24 +147,28 @@ class Profile:
         return {"version": VERSION, **fields}
 
     @classmethod
-    def from_json(cls, kept: dict[str, Any]) -> "Profile":
+    def from_json(cls, kept: Any) -> "Profile":
         """As it was kept.
 
         Raises:
-            ValueError: by another version of this library, in a way that this one does not know.
+            ValueError: by another version of this library, in a way that this one does not know, or changed since.
         """
+        if not isinstance(kept, dict):
+            raise ValueError(f"it is {kept!r:.40}")
         if kept.get("version") != VERSION:
             raise ValueError(f"a memory profile of version {kept.get('version')!r} is not known here, only {VERSION}")
         fields = {name: value for name, value in kept.items() if name != "version"}
-        fields["budget"] = Budget(**kept["budget"])
-        fields["room"] = Room(**kept["room"]) if kept["room"] else None
-        fields["failure"] = Failure(**kept["failure"]) if kept["failure"] else None
-        fields["ceiling"] = Ceiling(**kept["ceiling"]) if kept.get("ceiling") else None
-        fields["events"] = tuple(
-            Event(step=e["step"], what=e["what"], before=e["from"], after=e["to"], why=e["why"]) for e in kept["events"]
-        )
-        fields.setdefault("num_events", len(fields["events"]))
-        return cls(**fields)
+        events = fields.get("events")
+        if isinstance(events, list):
+            fields["events"] = [_event_fields(event) for event in events]
+            fields.setdefault("num_events", len(events))
+        return value_object(cls, fields, "profile")
+
+
+def _event_fields(event: Any) -> Any:
+    """`from` is no name that a field can have."""
+    names = {"from": "before", "to": "after"}
+    return {names.get(name, name): value for name, value in event.items()} if isinstance(event, dict) else event
 
 
 def key_of(trainer: Any) -> dict[str, str]:

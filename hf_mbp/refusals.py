@@ -4,10 +4,10 @@ import warnings
 from typing import Any
 
 from accelerate.utils import DistributedType
-from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from hf_mbp import other_trainers
+from hf_mbp.compat import has_own_loss
 from hf_mbp.wrapped import is_sharded
 
 
@@ -69,7 +69,7 @@ def embeds_rows(trainer: Any) -> bool:
     if len(names) == 1:
         missing = "loss_of_embeddings" if names[0] == "embed_rows" else "embed_rows"
         raise TypeError(f"{type(trainer).__name__} has {names[0]}, but no {missing}: define both.")
-    if type(trainer).compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None:
+    if has_own_loss(trainer):
         raise TypeError(
             f"{type(trainer).__name__} has embed_rows and loss_of_embeddings, and a compute_loss or compute_loss_func "
             "beside them: leave out one or the other."
@@ -97,6 +97,20 @@ def require_rows(trainer: Any) -> None:
     dataset = trainer.train_dataset
     if dataset is not None and has_length(dataset) and len(dataset) == 0:
         raise ValueError("train_dataset is empty: there is nothing to train on. Check the file and its filters.")
+
+
+def require_batches(trainer: Any, loader: Any) -> None:
+    """Raises `ValueError` if `dataloader_drop_last` leaves no batch of the training data."""
+    args = trainer.args
+    if not (args.dataloader_drop_last and has_length(loader)) or len(loader) > 0:
+        return
+    count = trainer.accelerator.num_processes
+    ranks = f" on each of {count} processes" if count > 1 else ""
+    raise ValueError(
+        f"train_dataset has {len(trainer.train_dataset):,} rows, which is not one batch of {args.train_batch_size}"
+        f"{ranks}, and dataloader_drop_last drops what is less: there is nothing to train on. Set "
+        "dataloader_drop_last=False, or a smaller per_device_train_batch_size."
+    )
 
 
 def warn_of_smaller_batch(before: int | None, batch_size: int | None) -> None:

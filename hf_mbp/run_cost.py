@@ -11,12 +11,13 @@ With `MBPConfig(calibrate=True)`:
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hf_mbp import wrapped
 from hf_mbp.calibration import Calibration, Timed, calibrated
 from hf_mbp.distributed import Ranks
+from hf_mbp.json_fields import value_object
 from hf_mbp.kept import COST, keep_entry, kept_entry, kept_if_it_holds
 from hf_mbp.plan import Cost
 from hf_mbp.profile import difference, key_of
@@ -141,13 +142,14 @@ class RunCost:
             return None
 
         def read() -> tuple[Calibration, str]:
-            return _read(kept), difference(kept["key"], key_of(self._trainer))
+            entry = _read(kept)
+            return entry.calibration, difference(entry.key, key_of(self._trainer))
 
         return kept_if_it_holds(self._ranks, read, what="The measured cost", entry="it", anew="measured")
 
     def _keep(self, calibration: Calibration) -> None:
-        entry = {"version": VERSION, "key": key_of(self._trainer), "calibration": calibration.to_json()}
-        keep_entry(self._trainer, COST, entry)
+        entry = _Entry(version=VERSION, key=key_of(self._trainer), calibration=calibration)
+        keep_entry(self._trainer, COST, asdict(entry))
 
     # Ranks
 
@@ -170,7 +172,16 @@ class RunCost:
         return replace(cost, overhead=overhead, cell=cell, attention=attention, floor=floor)
 
 
-def _read(kept: dict[str, Any]) -> Calibration:
-    if kept["version"] != VERSION:
-        raise ValueError(f"version {kept['version']!r} is not known here, only {VERSION}")
-    return Calibration.from_json(kept["calibration"])
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """What checkpoints hold, in JSON: a calibration, and for what."""
+
+    version: int
+    key: dict[str, str]
+    calibration: Calibration
+
+
+def _read(kept: Any) -> _Entry:
+    if isinstance(kept, dict) and kept.get("version") != VERSION:
+        raise ValueError(f"version {kept.get('version')!r} is not known here, only {VERSION}")
+    return value_object(_Entry, kept, "entry")

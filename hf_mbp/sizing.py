@@ -41,7 +41,7 @@ class DeviceClass:
 
 
 DEVICE_CLASSES = {
-    "cpu": DeviceClass(flops=1e11, bytes=1e10, launches=1e5, cache_bytes=2**25),  # a few cores
+    "cpu": DeviceClass(flops=1e11, bytes=1e10, launches=1e5, cache_bytes=2**24),  # a few cores
     "mps": DeviceClass(flops=5e12, bytes=2e11, launches=5e4),
     "cuda": DeviceClass(flops=1e14, bytes=1e12, launches=1e5, queues=True),  # 10 us a launch, its Python included
 }

@@ -145,6 +145,7 @@ class MBPMixin(_Base):
         """The stock loader, except that its batches are rows; whoever overrides it may return any batches."""
         with loaders.deferred_collation(self, self.mbp_rows.loader_collator()):
             loader = super().get_train_dataloader()
+        refusals.require_batches(self, loader)
         return self.mbp_feed.balanced(loaders.for_all_ranks(loader))
 
     def num_examples(self, dataloader: Any) -> int:

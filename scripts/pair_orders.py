@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,9 +75,14 @@ def by_sum(sizes: Ints) -> Ints:
     return np.argsort(-sizes.sum(axis=1), kind="stable")
 
 
+def fits(cost: Cost, rows: Ints, width: Ints) -> Any:
+    """Whether the planner puts so many rows together."""
+    return np.logical_and(BUDGET.fits(rows, width), cost.holds_for(rows, width))
+
+
 def time_in_order(sizes: Ints, cost: Cost, order: Ints) -> float:
     """The least time of groups of neighbours."""
-    rows = SortedRows(sizes=sizes[order], fits=BUDGET.fits, time_of_row=cost.of_row, floor=cost.floor)
+    rows = SortedRows(sizes=sizes[order], fits=partial(fits, cost), time_of_row=cost.of_row, floor=cost.floor)
     return time_of_cuts(rows, best_cuts(rows, cost.overhead), cost.overhead)
 
 

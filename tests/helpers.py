@@ -101,7 +101,7 @@ class Pad:
         return {key: self.column(key, [row[key] for row in rows]) for key in rows[0]}
 
     def column(self, key: str, values: list[Any]) -> torch.Tensor:
-        values = [torch.as_tensor(value) for value in values]
+        values = [torch.as_tensor(value, dtype=torch.long if value == [] else None) for value in values]
         if values[0].is_floating_point():
             return torch.stack(values).double()
         if values[0].ndim == 0:

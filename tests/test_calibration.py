@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 from hf_mbp import stopwatch
 from hf_mbp.calibration import FEWEST, Calibration, Timed, _least_absolute, _least_squares, calibrated
+from hf_mbp.json_fields import value_object
 from hf_mbp.plan import Budget, Cost, as_sizes, plan_rows
 from hf_mbp.stopwatch import Stopwatch
 
@@ -170,7 +171,7 @@ def test_it_explains_itself_in_one_line() -> None:
 
 def test_it_goes_into_json_and_back() -> None:
     found = calibrated(times(TRUE[0], CPU, noise=0.05), CPU)
-    assert Calibration.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert value_object(Calibration, json.loads(json.dumps(asdict(found))), "calibration") == found
 
 
 # The stopwatch

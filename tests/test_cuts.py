@@ -5,14 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_mbp import cuts as cuts_module
 from hf_mbp.cuts import CLOSE_ENOUGH, GOOD_ENOUGH, SortedRows, best_cuts, best_cuts_into
 from hf_mbp.plan import Budget, Cost
+from tests.examples import examples
 
-quick = settings(deadline=None, derandomize=True, max_examples=80)
+quick = examples(80)
 
 numbers_of_rows = st.sampled_from([1, 2, 3, 7, 12, 40, 65, 130, 300])
 costs = st.builds(

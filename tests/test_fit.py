@@ -5,16 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertForMaskedLM
 
 from hf_mbp.fit import SAFETY, fit_budget, held_out_error
 from hf_mbp.memory import measure_activations
 from hf_mbp.sizing import probe_shapes
+from tests.examples import examples
 from tests.helpers import VOCABULARY, bert_config, build
 
-quick = settings(deadline=None, derandomize=True, max_examples=100)
+quick = examples(100)
 
 
 @st.composite

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from hf_mbp.items import changed_first_labels, count_items, has_token_labels, shift_probes, with_an_item
+from tests.examples import examples
 
-quick = settings(deadline=None, derandomize=True, max_examples=60)
+quick = examples(60)
 
 CLASSES = 6
 some_labels = st.sampled_from([-100, -100, 0, 1, 5])
@@ -178,6 +179,14 @@ def test_rows_of_one_token_get_an_item_for_a_loss_that_shifts() -> None:
     column = torch.tensor([[7], [8]])
     filled = with_an_item({"input_ids": column, "attention_mask": torch.ones_like(column), "labels": column})
     assert count_items(filled, shifts=True) > 0
+    assert {value.shape for value in filled.values()} == {(2, 2)}
+
+
+def test_empty_rows_get_a_token_and_an_item() -> None:
+    nothing = torch.zeros(2, 0, dtype=torch.long)
+    filled = with_an_item({"input_ids": nothing, "attention_mask": nothing, "labels": nothing})
+    assert count_items(filled, shifts=True) > 0
+    assert bool(filled["attention_mask"].all())
     assert {value.shape for value in filled.values()} == {(2, 2)}
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from hypothesis import settings
 
 from hf_mbp import memory
 from hf_mbp.memory import (
@@ -24,8 +23,9 @@ from hf_mbp.memory import (
     room_for_training,
 )
 from hf_mbp.out_of_memory import unused_heap_bytes
+from tests.examples import examples
 
-quick = settings(deadline=None, derandomize=True, max_examples=100)
+quick = examples(100)
 
 CPU = torch.device("cpu")
 KILO = 1000  # elements of float32: 4,000 bytes

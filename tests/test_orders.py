@@ -43,7 +43,7 @@ def test_huge_lengths_have_places_on_the_curve() -> None:
 
 @pytest.mark.parametrize("lengths", pair_orders.LENGTHS)
 def test_few_groupings_of_few_pairs_are_cheaper(lengths: str) -> None:
-    """Compared with all ways to group them. What is planned is not always the best, but is far nearer than the sum."""
+    """Compared with all ways to group them."""
     excess = []
     for seed in range(40):
         sizes = pair_orders.LENGTHS[lengths](np.random.default_rng(seed), 6)
@@ -51,8 +51,7 @@ def test_few_groupings_of_few_pairs_are_cheaper(lengths: str) -> None:
         best = pair_orders.least_time(sizes, cost)
         excess.append(time_of(plan_rows(sizes, pair_orders.BUDGET, cost), sizes, cost) / best - 1)
     assert min(excess) > -1e-9
-    assert np.mean(excess) < 0.0025
-    assert np.mean(np.array(excess) < 0.01) >= 0.9
+    assert max(excess) < 0.01
 
 
 def test_the_simulation_finds_the_best_of_all_groupings() -> None:

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_mbp.padding import IGNORE_INDEX, can_be_cut, cut_columns, is_left_padded, settle_left_padding, trim, width_of
+from tests.examples import examples
 from tests.helpers import Pad
 
-quick = settings(deadline=None, derandomize=True, max_examples=60)
+quick = examples(60)
 
 row_lengths = st.lists(st.integers(1, 7), min_size=1, max_size=5)
 masks = st.integers(1, 6).flatmap(
@@ -85,6 +86,16 @@ def test_trimmed_rows_are_those_padded_on_their_own(side: str, lengths: list[int
     wide = pad([*rows, *rows_of([8])])
     trimmed = trim({key: value[:-1] for key, value in wide.items()})
     assert {key: value.tolist() for key, value in trimmed.items()} == {k: v.tolist() for k, v in pad(rows).items()}
+
+
+def test_trim_keeps_labels_of_tokens_that_are_masked() -> None:
+    """An end token that also pads is masked where the mask is made of that, and still is to be learned."""
+    inputs = {
+        "input_ids": torch.tensor([[5, 6, 2, 2]]),
+        "attention_mask": torch.tensor([[1, 1, 0, 0]]),
+        "labels": torch.tensor([[5, 6, 2, -100]]),
+    }
+    assert trim(inputs)["labels"].tolist() == [[5, 6, 2]]
 
 
 def test_trim_leaves_what_is_not_as_wide() -> None:

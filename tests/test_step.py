@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
@@ -21,9 +21,10 @@ from hf_mbp.step import (
     split_mini_batch,
     weigh,
 )
+from tests.examples import examples
 from tests.helpers import Pad
 
-quick = settings(deadline=None, derandomize=True, max_examples=40)
+quick = examples(40)
 
 CLASSES, FEATURES = 5, 12
 

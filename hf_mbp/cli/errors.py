@@ -19,6 +19,9 @@ FAILED = 1
 _MOST_CHARACTERS = 800
 """Of a message in one line; some of torch's are pages."""
 
+_MOST_OF_A_WORD = 200
+"""Of a word in it, or a word as long as the line would be all that is left out, and nothing told."""
+
 Kinds = type[Exception] | tuple[type[Exception], ...]
 
 
@@ -68,7 +71,12 @@ def say(message: str) -> None:
 
 def tell_error(message: str) -> None:
     """Print ``error: ...`` in one line."""
-    print("error: " + textwrap.shorten(message, _MOST_CHARACTERS, placeholder=" ..."), file=sys.stderr, flush=True)
+    print("error: " + _shortened(message, _MOST_CHARACTERS), file=sys.stderr, flush=True)
+
+
+def _shortened(message: str, most_characters: int) -> str:
+    words = (word if len(word) <= _MOST_OF_A_WORD else f"{word[:_MOST_OF_A_WORD]}..." for word in message.split())
+    return textwrap.shorten(" ".join(words), most_characters, placeholder=" ...")
 
 
 def run_reporting_errors(command: Callable[[], int | None], argv: Sequence[str]) -> int:
@@ -96,7 +104,7 @@ def run_reporting_errors(command: Callable[[], int | None], argv: Sequence[str])
 def _failure(error: Exception, *, is_shown: bool) -> str:
     """Any process may be the one that fails, so that each speaks for itself."""
     where = "" if is_first_process() else f" in process {os.environ['RANK']}"
-    text = textwrap.shorten(f"{type(error).__name__}: {error}", _MOST_CHARACTERS // 2, placeholder=" ...")
+    text = _shortened(f"{type(error).__name__}: {error}", _MOST_CHARACTERS // 2)
     # Which process failed first, where this one only lost the connection to it.
     text = " ".join((text, *getattr(error, "__notes__", ())))
     remedy = "" if is_shown else f"; the traceback is in {_keep_traceback()}, --debug_traceback shows it here"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from hf_mbp.cli.card import write_card
 from hf_mbp.cli.command import HELP, run_command
@@ -23,6 +23,7 @@ from hf_mbp.cli.output import BEFORE_RESULTS, RECIPE, delete_run, find_checkpoin
 from hf_mbp.cli.padding import PaddingTotals
 from hf_mbp.cli.plots import plot_loss, plot_padding
 from hf_mbp.cli.recipe import Recipe, dump_recipe, find_task_name, read_recipe, recipe_parser
+from hf_mbp.cli.resuming import checkpoint_error
 from hf_mbp.cli.tasks import find_task, load_processor
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.trainer import MBPMixin
@@ -66,7 +67,7 @@ def finetune(recipe: Recipe) -> None:
     _draw(trainer, folder, before, trained)
     _publish(trainer)
     _report(metrics, folder)
-    trainer.end()
+    trainer.accelerator.end_training()  # as Trainer.end does, which transformers 5.17 has not
 
 
 def build_trainer(recipe: Recipe) -> MBPMixin:
@@ -94,7 +95,8 @@ def make_trainer(recipe: Recipe, processor: Any, setup: TaskSetup) -> MBPMixin:
         "compute_metrics": setup.compute_metrics,
         "preprocess_logits_for_metrics": setup.preprocess_logits_for_metrics,
     }
-    with user_errors("the trainer refuses"):
+    # RuntimeError and ImportError: what reports to something that is not installed, or an optimizer that is not
+    with user_errors("the trainer refuses", (ValueError, OSError, RuntimeError, ImportError)):
         trainer: MBPMixin = setup.make_trainer(
             model=setup.model,
             args=recipe.train,
@@ -135,14 +137,32 @@ def _evaluate(trainer: MBPMixin, prefix: str) -> Metrics:
     return metrics
 
 
+class _Begun(TrainerCallback):
+    """Notes whether the first step has begun."""
+
+    is_so = False
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """All has been read and planned."""
+        self.is_so = True
+
+
 def _train(trainer: MBPMixin, checkpoint: Path | None) -> Metrics:
+    begun = _Begun()
+    trainer.add_callback(begun)
     try:
         metrics: Metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
-    except ValueError as error:
-        # Before the first step it is the set-up that is refused: no memory left, a loss that cannot be split.
-        if trainer.state.global_step > 0:
+    except Exception as error:
+        if begun.is_so:
             raise
-        raise UserError(f"training cannot start: {error}") from error
+        if checkpoint is not None:
+            told = checkpoint_error(checkpoint, error, is_loaded=trainer.mbp_feed.cost.is_settled)
+            if told is not None:
+                raise told from error
+        # Before the first step it is the set-up that is refused: no memory left, a loss that cannot be split.
+        if isinstance(error, ValueError):
+            raise UserError(f"training cannot start: {error}") from error
+        raise
     return metrics
 
 

@@ -27,7 +27,7 @@ _NO_LIMIT = 10**9
 def load_config(arguments: ModelArguments) -> PreTrainedConfig:
     """Load the model's configuration."""
     name = _model_name(arguments)
-    with user_errors(f"model {name} cannot be loaded"):
+    with user_errors(f"model {name} cannot be loaded ({_options_of_name(arguments)})"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(resolve_model(name), **_hub_options(arguments))
     return config
 
@@ -38,7 +38,8 @@ def load_tokenizer(arguments: ModelArguments, config: PreTrainedConfig) -> PreTr
     options = _hub_options(arguments)
     if arguments.tokenizer_name is not None:
         options = {"trust_remote_code": arguments.trust_remote_code}  # revision and gguf_file are the model's
-    with user_errors(f"tokenizer of {name} cannot be loaded"):
+    option = _options_of_name(arguments) if arguments.tokenizer_name is None else "tokenizer_name"
+    with user_errors(f"tokenizer of {name} cannot be loaded ({option})"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_model(name), **options)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -55,7 +56,10 @@ def load_image_processor(arguments: ModelArguments, config: PreTrainedConfig) ->
     """Load what turns images into pixel values for the model."""
     name = _model_name(arguments)
     options = {"trust_remote_code": arguments.trust_remote_code, "revision": arguments.model_revision}
-    with user_errors(f"image processor of {name} cannot be loaded", (ValueError, OSError, ImportError)):
+    with user_errors(
+        f"image processor of {name} cannot be loaded ({_options_of_name(arguments)})",
+        (ValueError, OSError, ImportError),
+    ):
         return AutoImageProcessor.from_pretrained(resolve_model(name), **options)
 
 
@@ -71,11 +75,26 @@ def load_model(auto_class: Any, arguments: ModelArguments, **options: Any) -> Pr
     options["dtype"] = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     if arguments.gguf_file is not None:
         options["quantization_config"] = GgufConfig(dequantize=True)
+    elif not arguments.pickled_weights:
+        options["use_safetensors"] = True
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
-    with user_errors(f"model {name} cannot be loaded", (ValueError, OSError, ImportError)):
-        model: PreTrainedModel = auto_class.from_pretrained(resolve_model(name), **_hub_options(arguments), **options)
+    told = f"model {name} cannot be loaded ({_options_of_name(arguments)})"
+    with user_errors(told, (ValueError, OSError, ImportError)):
+        try:
+            model: PreTrainedModel = auto_class.from_pretrained(
+                resolve_model(name), **_hub_options(arguments), **options
+            )
+        except OSError as error:
+            raise OSError(f"{str(error).rstrip('.')}{_about_pickles(error, arguments)}") from error
     return model
+
+
+def _about_pickles(error: OSError, arguments: ModelArguments) -> str:
+    """How to go on where there are no weights in safetensors; empty if that is not what is missing."""
+    if arguments.pickled_weights or arguments.gguf_file is not None or ".safetensors" not in str(error):
+        return ""
+    return "; if its weights are in pytorch_model.bin, and you trust who made them, write pickled_weights: true"
 
 
 def _from_config(
@@ -122,6 +141,17 @@ def length_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None, opt
     return max_length or (readable if readable < _NO_LIMIT else None)
 
 
+def has_head(config: PreTrainedConfig, ends: tuple[str, ...]) -> bool:
+    """Whether the checkpoint was saved with a head: by a class whose name ends in one of ``ends``."""
+    return any(name.endswith(ends) for name in getattr(config, "architectures", None) or ())
+
+
+def tell_new_head(arguments: ModelArguments, config: PreTrainedConfig, ends: tuple[str, ...], use: str) -> None:
+    """Say so if the head is new and the rest of the model is not: the untrained model then answers blindly."""
+    if arguments.config_name is None and not has_head(config, ends):
+        say(f"the model has no head that {use}; a new one is trained")
+
+
 def described(model: PreTrainedModel) -> str:
     """Return the model's class, size and dtype, in words."""
     parameters = list(model.parameters())
@@ -151,6 +181,12 @@ def _model_name(arguments: ModelArguments) -> str:
     if name is None:
         raise UserError("model_name_or_path is missing: a model on the Hub, a folder, or package://NAME/FOLDER")
     return name
+
+
+def _options_of_name(arguments: ModelArguments) -> str:
+    """The options that say where the model is."""
+    name = "config_name" if arguments.model_name_or_path is None else "model_name_or_path"
+    return name if arguments.gguf_file is None else f"{name}, gguf_file"
 
 
 def _hub_options(arguments: ModelArguments) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def delete_run(folder: Path) -> None:
     """Delete what an earlier run left in the folder; files that are not ours stay."""
     card = [folder / CARD] if has_own_card(folder) else []
     for path in (*_traces(folder), *(folder / name for name in PLOTS), *card):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():  # what a link points to is elsewhere, and not the run's
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

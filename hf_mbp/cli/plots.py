@@ -92,13 +92,14 @@ def _draw_totals(axes: Axes, totals: PaddingTotals) -> None:
     axes.bar(names, [c - totals.tokens for c in cells], width=0.55, bottom=[totals.tokens] * 2, color=_ORANGE)
     for x, (total, fraction) in enumerate(zip(cells, (totals.fraction, totals.unsplit_fraction), strict=True)):
         axes.annotate(
-            f"{fraction:.1%} padding",
+            f"{fraction:.1%} padding".replace("%", " %"),
             (x, total),
             xytext=(0, 4),
             textcoords="offset points",
             ha="center",
             color=_INK,
             fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # or a grid line goes through it
         )
     axes.set(title="Cells of the whole run", ylabel="cells")
     axes.margins(y=0.12)

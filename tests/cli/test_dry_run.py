@@ -9,8 +9,8 @@ import torch
 
 from hf_mbp.cli import dry_run as dry_run_module
 from hf_mbp.cli.finetune import finetune, main, make_trainer, prepare
-from hf_mbp.cli.plan import plan_run
 from hf_mbp.cli.recipe import dump_recipe, read_recipe
+from hf_mbp.cli.run_plan import plan_run
 from hf_mbp.cli.trainers import FinetuneTrainer
 
 

@@ -43,6 +43,16 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -
     delete_run(tmp_path / "not there yet")
 
 
+def test_a_link_is_deleted_and_not_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-1").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    delete_run(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+    assert (tmp_path / "elsewhere" / "file").exists()
+
+
 class TestFindCheckpoint:
     @pytest.fixture
     def run(self, tmp_path: Path) -> Path:

@@ -10,8 +10,11 @@ import torch
 from hf_mbp.cli import plan as plan_module
 from hf_mbp.cli.arguments import ModelShape
 from hf_mbp.cli.models import load_model
-from hf_mbp.cli.plan import Group, RunPlan, as_text, main, plan_run
+from hf_mbp.cli.plan import main
+from hf_mbp.cli.plan_groups import Group
+from hf_mbp.cli.plan_text import as_text
 from hf_mbp.cli.recipe import read_recipe
+from hf_mbp.cli.run_plan import RunPlan, plan_run
 
 CPU = torch.device("cpu")
 

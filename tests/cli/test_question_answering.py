@@ -15,8 +15,8 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer, EvalPredi
 from hf_mbp.cli import check, finetune
 from hf_mbp.cli.answers import answer_f1, exact_match
 from hf_mbp.cli.errors import UserError
-from hf_mbp.cli.plan import plan_run
 from hf_mbp.cli.recipe import read_recipe
+from hf_mbp.cli.run_plan import plan_run
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.question_answering import AnswerMetrics, best_span, find_answer, start_and_end_logits
 from tests.cli import test_tasks
@@ -84,6 +84,16 @@ class TestWindows:
         batch = setup.collator([setup.train[0], setup.train[1]])
         assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 1, 0], [1] * 7]
         assert batch["start_positions"].tolist() == [4, 5]
+
+
+def test_a_new_head_is_told_of(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = "the model has no head that tells where an answer is; a new one is trained"
+    prepare(encoder, [asked("a", "a")]).model.save_pretrained(tmp_path / "trained")
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "trained")
+    assert told in capsys.readouterr().out
+    prepare(tmp_path / "trained", [asked("a", "a")])
+    prepare(encoder, [asked("a", "a")], random_weights=True)
+    assert told not in capsys.readouterr().out
 
 
 class TestMistakes:
@@ -236,3 +246,18 @@ def test_check_and_plan_know_the_task(answer_recipe: Callable[..., Path], capsys
     plan = plan_run(read_recipe([file, "--max_tokens_per_micro_batch", "64"]), torch.device("cpu"))
     assert max(plan.lengths) == 20
     assert min(plan.lengths) == 4 + (6 - 1) + 1  # the last window of 16 words has one word that the first has not
+
+
+@pytest.mark.parametrize("collate_in", ["main", "workers"])
+def test_the_plan_is_what_a_run_does(answer_recipe: Callable[..., Path], collate_in: str) -> None:
+    """All windows are one mini-batch, so that it does not matter in which order they come."""
+    keys = {"per_device_train_batch_size": 39, "gradient_accumulation_steps": 2, "max_steps": 1}
+    file = str(answer_recipe(collate_in=collate_in, max_tokens_per_micro_batch=130, **keys))
+    (step,) = plan_run(read_recipe([file]), torch.device("cpu")).steps
+    trainer = finetune.build_trainer(read_recipe([file]))
+    assert len(trainer.train_dataset) == 2 * 39
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "mbp_cells" in log)
+    assert log["mbp_cells"] == sum(group.cells for group in step.split) == 2 * 39 * 20
+    assert log["mbp_micro_batches"] == len(step.split)
+    assert log["mbp_tokens"] == sum(group.tokens for group in step.split) < 2 * 39 * 20

@@ -11,9 +11,9 @@ from datasets import ClassLabel, Dataset, Features, Value
 from transformers import AutoConfig, AutoTokenizer, EvalPrediction
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits
 from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.models import load_config, load_tokenizer
+from hf_mbp.cli.splits import Splits
 from hf_mbp.cli.tasks import TASKS, find_task, text_classification
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.language_modeling import encode_conversation
@@ -26,7 +26,8 @@ def prepare(task: str, model: Path, train: Any, validation: Any = None, **option
         return Dataset.from_list(given) if isinstance(given, list) else given
 
     model_options = {k: options.pop(k) for k in ("new_head",) if k in options}
-    model_arguments = ModelArguments(model_name_or_path=str(model), **model_options)
+    source = "config_name" if options.pop("random_weights", False) else "model_name_or_path"
+    model_arguments = ModelArguments(**{source: str(model)}, **model_options)
     splits = Splits(train=rows(train), validation=rows(validation), train_origin="train.x", validation_origin="test.x")
     config = load_config(model_arguments)
     tokenizer = load_tokenizer(model_arguments, config)

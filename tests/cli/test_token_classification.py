@@ -14,8 +14,8 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, EvalPre
 
 from hf_mbp.cli import check, finetune
 from hf_mbp.cli.errors import UserError
-from hf_mbp.cli.plan import plan_run
 from hf_mbp.cli.recipe import read_recipe
+from hf_mbp.cli.run_plan import plan_run
 from hf_mbp.cli.tasks.token_classification import TagMetrics, label_tokens
 from tests.cli.test_tasks import prepare
 
@@ -84,6 +84,8 @@ class TestLabels:
         with pytest.raises(UserError, match=r"tags', has labels that the model .*new_head.* does not have: 'P', 'Q'"):
             prepare(TASK, tmp_path / "trained", others)
         assert prepare(TASK, tmp_path / "trained", others, new_head=True).model.config.num_labels == 2
+        new = prepare(TASK, tmp_path / "trained", others, random_weights=True).model
+        assert new.config.id2label == {0: "P", 1: "Q"}
 
     def test_rows_are_cut_and_those_without_words_left_out(
         self, encoder: Path, capsys: pytest.CaptureFixture[str]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -17,12 +19,12 @@ from transformers import (
 )
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits, require_columns
-from hf_mbp.cli.errors import UserError
+from hf_mbp.cli.errors import UserError, user_errors
 from hf_mbp.cli.metrics import Perplexity
 from hf_mbp.cli.models import length_limit, load_model
+from hf_mbp.cli.splits import Part, Splits, require_columns
 from hf_mbp.cli.tasks.base import TaskSetup
-from hf_mbp.cli.tokenization import CUT, Batch, encode_rows, longest_first, texts
+from hf_mbp.cli.tokenization import CUT, Batch, encode_rows, encode_splits, texts
 
 # What the loss of transformers leaves out.
 IGNORED = -100
@@ -45,10 +47,7 @@ def prepare(
             f"the tokenizer of {model_arguments.model_name_or_path} has no chat template for conversations;"
             " use an instruction-tuned model, or plain text (text_column)"
         )
-    train = _encode(splits.train, "train", tokenizer, data_arguments)
-    validation = None
-    if splits.validation is not None:
-        validation = longest_first(_encode(splits.validation, "validation", tokenizer, data_arguments))
+    train, validation = encode_splits(splits, partial(_encode, tokenizer=tokenizer, arguments=data_arguments))
     model = load_model(AutoModelForCausalLM, model_arguments)
     model.config.pad_token_id = tokenizer.pad_token_id
     return TaskSetup(
@@ -71,7 +70,7 @@ def _columns(arguments: DataArguments) -> dict[str, str | None]:
     return {"text_column": arguments.text_column}
 
 
-def _encode(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
+def _encode(part: Part, *, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
     limit = length_limit(tokenizer, arguments.max_length)
     encode_batch = _encoder(tokenizer, arguments)
 
@@ -84,7 +83,7 @@ def _encode(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, argume
                 result[CUT].append(limit is not None and len(ids) > limit)
         return result
 
-    return encode_rows(rows, encode, name=name, limit=limit, workers=arguments.preprocessing_num_workers)
+    return encode_rows(part, encode, limit=limit, workers=arguments.preprocessing_num_workers)
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Callable[[Batch], Iterator[Encoded]]:
@@ -144,8 +143,10 @@ def split_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -
     """Yield the pieces of a conversation as the template writes them, each with whether the assistant says it.
 
     Raises:
-        UserError: the template writes earlier messages differently once later ones follow, so there are no such pieces.
+        UserError: these are no messages, the template does not take them, or it writes earlier messages differently
+            once later ones follow, so there are no such pieces.
     """
+    _check_messages(messages)
     written = ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -161,8 +162,20 @@ def split_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -
         written = answered
 
 
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list) or not all(isinstance(part, dict) and "role" in part for part in messages):
+        raise UserError(f"a conversation must be a list of {{role, content}}, but one is {messages!r:.80}")
+    if messages and messages[0]["role"] == "assistant":
+        raise UserError(
+            f"a conversation begins with the assistant: {messages!r:.80}; put what it answers before it, or leave out"
+            " such rows"
+        )
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, to_be_answered: bool) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_be_answered))
+    refused = f"the tokenizer's chat template does not take the conversation {messages!r:.80}"
+    with user_errors(refused, (TypeError, ValueError, TemplateError)):
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_be_answered))
 
 
 def sum_log_likelihoods(logits: Any, labels: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,51 @@
+"""The rows to train on and those to evaluate on, which are checked and encoded alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from datasets import Dataset
+
+from hf_mbp.cli.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The rows to train on, or those to evaluate on: ``train`` or ``validation`` by name."""
+
+    rows: Dataset
+    name: str
+    origin: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Training rows, and evaluation rows if there are any; and where they came from, for messages."""
+
+    train: Dataset
+    validation: Dataset | None
+    train_origin: str
+    validation_origin: str
+
+    def encoded(self, encode: Callable[[Part], Dataset]) -> tuple[Dataset, Dataset | None]:
+        """Return what ``encode`` makes of the training rows, and of the evaluation rows if there are any."""
+        train = encode(Part(rows=self.train, name="train", origin=self.train_origin))
+        if self.validation is None:
+            return train, None
+        return train, encode(Part(rows=self.validation, name="validation", origin=self.validation_origin))
+
+
+def require_columns(splits: Splits, columns: dict[str, str | None]) -> None:
+    """Check that both splits have the columns; ``columns`` maps the option to the name it gives (``None``: not used).
+
+    Raises:
+        UserError: naming the option, the missing column and the columns that are there.
+    """
+    for rows, origin in ((splits.train, splits.train_origin), (splits.validation, splits.validation_origin)):
+        for option, column in columns.items():
+            if rows is not None and column is not None and column not in rows.column_names:
+                raise UserError(
+                    f"{origin} has no column {column!r} (option {option});"
+                    f" its columns are {', '.join(rows.column_names)}"
+                )
