@@ -62,7 +62,7 @@ def fault_of_state(checkpoint: Path) -> str:
     except FileNotFoundError:
         return f"it has no {STATE}, which is written last"
     except ValueError:  # an object in JSON that was cut anywhere is none
-        return f"its {STATE} ends too early"
+        return f"its {STATE} is cut off"
     return ""
 
 
@@ -162,13 +162,18 @@ def _folders(output_dir: Path) -> dict[int, Path]:
 
 
 def _state_of(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        raise ValueError(f"{checkpoint / STATE} is not the state of a trainer")
     return state
 
 
 def _fault_of_random_states(checkpoint: Path) -> str:
     """What torch saves is a ZIP archive, whose directory is written last."""
-    entry = _state_of(checkpoint).get("stateful_callbacks", {}).get(RANDOM_STATES, {"count": 0})
-    files = [checkpoint / f"rng_state_{rank}.pth" for rank in range(entry["count"])]
+    try:
+        count = int(_state_of(checkpoint)["stateful_callbacks"][RANDOM_STATES]["count"])
+    except (KeyError, TypeError, ValueError):  # of one process, or of stock
+        return ""
+    files = (checkpoint / f"rng_state_{rank}.pth" for rank in range(count))
     torn = next((file.name for file in files if not zipfile.is_zipfile(file)), None)
-    return f"its {torn} is missing or ends too early" if torn else ""
+    return f"its {torn} is missing or cut off" if torn else ""

