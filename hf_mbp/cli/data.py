@@ -25,6 +25,8 @@ _BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
     ".txt": ("text", {}),
 }
 _COMPRESSED = frozenset((".gz", ".xz", ".bz2", ".zst"))
+# What the message of a reader leaves out; spreadsheets of many countries save semicolons and encodings of their own.
+_WANTED = {"csv": "; save it as UTF-8, with commas between the cells (.csv) or tabs (.tsv)"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,9 @@ def load_file(path: Path) -> Dataset:
         if "corresponds to no data" in str(error):
             raise UserError(f"{path} has no rows") from error
         # datasets wraps the reader's own message, which has the line and the reason
-        raise UserError(f"{path} cannot be read as {builder}: {error.__cause__ or error}") from error
+        raise UserError(
+            f"{path} cannot be read as {builder}: {str(error.__cause__ or error).strip()}{_WANTED.get(builder, '')}"
+        ) from error
 
 
 def load_image_folder(folder: Path) -> Dataset:
@@ -96,18 +100,34 @@ def load_image_folder(folder: Path) -> Dataset:
 
 
 def require_columns(splits: Splits, columns: dict[str, str | None]) -> None:
-    """Check that both splits have the columns; ``columns`` maps the option to the name it gives (``None``: not used).
+    """Check that both splits have the columns, and something in each of their cells.
+
+    ``columns`` maps the option to the name it gives (``None``: not used).
 
     Raises:
-        UserError: naming the option, the missing column and the columns that are there.
+        UserError: naming the option and the column that is missing, with those that are there, or has empty cells.
     """
     for rows, origin in ((splits.train, splits.train_origin), (splits.validation, splits.validation_origin)):
         for option, column in columns.items():
-            if rows is not None and column is not None and column not in rows.column_names:
+            if rows is None or column is None:
+                continue
+            if column not in rows.column_names:
                 raise UserError(
                     f"{origin} has no column {column!r} (option {option});"
                     f" its columns are {', '.join(rows.column_names)}"
                 )
+            if num_empty := _num_empty(rows, column):
+                raise UserError(
+                    f"{origin}, column {column!r} (option {option}): {num_empty:,} of {len(rows):,} rows are empty;"
+                    " fill them in, or leave them out (CSV files: NA, null, None and nan are read as empty, too)"
+                )
+
+
+def _num_empty(rows: Dataset, column: str) -> int:
+    # Of the whole table, which may hold rows that were not chosen: zero is an answer, and the usual one.
+    if rows.data.column(column).null_count == 0:
+        return 0
+    return rows.with_format("arrow")[column].to_pylist().count(None)
 
 
 def _from_files(train_file: str, arguments: DataArguments, recipe_folder: Path) -> Splits:

@@ -35,6 +35,7 @@ def prepare(
     labels = find_labels(
         splits, data_arguments.label_column, config, head=_HEAD, new_head=model_arguments.starts_new_head
     )
+    say(str(labels))
 
     def encode(rows: Dataset, name: str, origin: str) -> Dataset:
         column = data_arguments.image_column

@@ -12,6 +12,7 @@ from transformers import (
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
 from hf_mbp.cli.data import Splits, require_columns
+from hf_mbp.cli.errors import say
 from hf_mbp.cli.models import length_limit
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.classification import Labels, compute_metrics, find_labels, load_classifier, only_logits
@@ -41,6 +42,7 @@ def prepare(
     labels = find_labels(
         splits, data_arguments.label_column, config, head=_HEAD, new_head=model_arguments.starts_new_head
     )
+    say(str(labels))
     train = _encode(splits.train, "train", labels, splits.train_origin, tokenizer, data_arguments)
     validation = None
     if splits.validation is not None:
