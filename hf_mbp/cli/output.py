@@ -11,8 +11,9 @@ from hf_mbp.cli.errors import UserError
 
 RECIPE = "recipe.yaml"
 BEFORE_RESULTS = "eval_before_results.json"
+TRAIN_RESULTS = "train_results.json"
 # What a run writes beside model and tokenizer, which the next run replaces anyway.
-_RESULTS = (RECIPE, BEFORE_RESULTS, "train_results.json", "eval_results.json", "all_results.json", "trainer_state.json")
+_RESULTS = (RECIPE, BEFORE_RESULTS, TRAIN_RESULTS, "eval_results.json", "all_results.json", "trainer_state.json")
 PLOTS = ("loss.png", "padding.png")
 CARD = "README.md"
 CARD_MARK = "<!-- This card was written by hf-mbp train. -->"
@@ -28,9 +29,15 @@ def refuse_other_run(folder: Path, *, overwrite: bool, resuming: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; name a folder")
     if not (overwrite or resuming) and (found := _traces(folder)):
+        can_go_on = any(path.name.startswith("checkpoint-") for path in found)
         raise UserError(
-            f"output_dir {folder} holds an earlier run ({found[0].name}); name another folder,"
-            " write --overwrite_output_dir to delete that run, or --resume_from_checkpoint last to go on with it"
+            f"output_dir {folder} holds an earlier run ({found[0].name}); name another folder, or write"
+            " --overwrite_output_dir to delete that run"
+            + (
+                ", or --resume_from_checkpoint last to go on with it"
+                if can_go_on
+                else "; it has no checkpoint to go on from"
+            )
         )
 
 
@@ -63,6 +70,10 @@ def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
         if last is None:
             raise UserError(f"resume_from_checkpoint is {wanted!r}, but output_dir {folder} has no checkpoint-* folder")
         return Path(last)
+    if not Path(wanted).is_dir():
+        raise UserError(
+            f"resume_from_checkpoint: there is no folder {wanted}; name a checkpoint-* folder, or write last"
+        )
     if not Path(wanted, "trainer_state.json").is_file():
         raise UserError(
             f"resume_from_checkpoint: {wanted} is not a checkpoint of the Trainer (it has no trainer_state.json)"
