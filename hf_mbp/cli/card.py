@@ -137,19 +137,33 @@ def _training(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics) -> dic
         "base model": _short_name(recipe.model.model_name_or_path),
         "model": described(trainer.model),
         "data": f"{_data(recipe)}, {len(trainer.train_dataset):,} rows",
+        "evaluated on": _evaluation_rows(trainer, recipe),
         "mini-batch": f"{rows:,} rows, on {devices}",
-        "optimizer steps": f"{trainer.state.global_step:,} ({trainer.state.epoch or 0:.3g} epochs)",
+        "optimizer steps": f"{trainer.state.global_step:,} ({_epochs(trainer.state.epoch or 0)})",
         "optimizer": f"{getattr(args.optim, 'value', args.optim)}, learning rate {args.learning_rate:g}, "
         f"{getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)} schedule",
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else None,
         "seed": str(args.seed),
         "micro-batches": f"{metrics['mbp_micro_batches']:.3g} a step on average" if totals else None,
         "budget": _budget(trainer),
-        "padding": str(totals) if totals else None,
+        "padding": str(totals).removeprefix("padding ") if totals else None,
         "exactness": trainer.mbp_feed.check.outcome,
         "time": f"{metrics['train_runtime']:,.0f} s" if "train_runtime" in metrics else None,
     }
     return {name: value for name, value in known.items() if value}
+
+
+def _epochs(number: float) -> str:
+    return f"{number:.3g} epoch{'' if number == 1 else 's'}"
+
+
+def _evaluation_rows(trainer: FinetuneTrainer, recipe: Recipe) -> str | None:
+    if trainer.eval_dataset is None:
+        return None
+    is_share = recipe.data.validation_fraction is not None
+    return f"{len(trainer.eval_dataset):,} rows" + (
+        " of the same data, chosen at random and held out" if is_share else ""
+    )
 
 
 def _budget(trainer: FinetuneTrainer) -> str | None:
