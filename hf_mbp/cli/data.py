@@ -127,7 +127,8 @@ def _num_empty(rows: Dataset, column: str) -> int:
     # Of the whole table, which may hold rows that were not chosen: zero is an answer, and the usual one.
     if rows.data.column(column).null_count == 0:
         return 0
-    return rows.with_format("arrow")[column].to_pylist().count(None)
+    num_empty: int = rows.with_format("arrow")[column].to_pylist().count(None)
+    return num_empty
 
 
 def _from_files(train_file: str, arguments: DataArguments, recipe_folder: Path) -> Splits:
