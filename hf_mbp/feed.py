@@ -201,7 +201,8 @@ class Feed:
             batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
             num_rows = sum(map(len, batch_sizes))
             said = " ".join(filter(None, [layout_note, checks[0]]))
-            self._tell(start_line(num_rows, micro_batches, batch_sizes, self.budget.describe(max_tokens), said))
+            budget_told, num_ranks = self.budget.describe(max_tokens), self.ranks.count
+            self._tell(start_line(num_rows, micro_batches, batch_sizes, budget_told, said, num_ranks=num_ranks))
             self._tell(self._balance_note)
             self._tell(None if self.rows.multiple_of else padded_rows_note(micro_batches, batch_sizes))
             self._tell(compiled_note() if self.is_compiled else None)

@@ -199,11 +199,14 @@ def counts_of(micro_batches: list[MicroBatch], batches: list[Ints]) -> Counts:
     )
 
 
-def start_line(num_rows: int, micro_batches: list[MicroBatch], sizes: list[Ints], budget: str, check: str) -> str:
-    """What will happen, in words, from the first step."""
+def start_line(
+    num_rows: int, micro_batches: list[MicroBatch], sizes: list[Ints], budget: str, check: str, *, num_ranks: int = 1
+) -> str:
+    """What will happen, in words, from the first step of the first rank."""
     step = counts_of(micro_batches, sizes)
+    where = "" if num_ranks == 1 else f" on the first of {num_ranks:,} processes"
     return (
-        f"hf_mbp: {num_rows:,} rows a step run as {_counted(micro_batches)} ({budget}). "
+        f"hf_mbp: {num_rows:,} rows a step{where} run as {_counted(micro_batches)} ({budget}). "
         f"Padding in the first step: {step.padding_fraction:.1%} of {step.cells:,} cells; "
         f"{step.padding_fraction_unsplit:.1%} of {step.unsplit_cells:,} without splitting. {check}"
     )

@@ -168,8 +168,10 @@ class RunBudget:
         profile = self._profile
         if profile is None or profile.room is None:
             return
+        if any(mb.is_checkpointed for mb in micro_batches):
+            return  # the peak may be that of a row beyond the budget, which no smaller micro-batch would lower
         for mb in micro_batches:
-            if mb.num_rows and not mb.is_idle and not mb.is_checkpointed:
+            if mb.num_rows and not mb.is_idle:
                 rows, width = mb.layout.shape(mb.num_rows, mb.cells)
                 planned = Reading(planned_bytes=profile.size_of(rows, float(width)), num_rows=mb.num_rows)
                 self._planned = self._planned.merged(planned)

@@ -139,6 +139,7 @@ def _training(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics) -> dic
         "base model": _short_name(recipe.model.model_name_or_path),
         "model": described(trainer.model),
         "data": f"{_data(recipe)}, {len(trainer.train_dataset):,} rows",
+        "evaluated on": _evaluation_rows(trainer, recipe),
         "mini-batch": f"{rows:,} rows, on {devices}",
         "optimizer steps": f"{trainer.state.global_step:,} ({_epochs(trainer.state.epoch or 0)})",
         "optimizer": f"{getattr(args.optim, 'value', args.optim)}, learning rate {args.learning_rate:g}, "
@@ -154,15 +155,24 @@ def _training(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics) -> dic
     return {name: value for name, value in known.items() if value}
 
 
+def _epochs(number: float) -> str:
+    return f"{number:.3g} epoch{'' if number == 1 else 's'}"
+
+
+def _evaluation_rows(trainer: FinetuneTrainer, recipe: Recipe) -> str | None:
+    if trainer.eval_dataset is None:
+        return None
+    is_share = recipe.data.validation_fraction is not None
+    return f"{len(trainer.eval_dataset):,} rows" + (
+        " of the same data, chosen at random and held out" if is_share else ""
+    )
+
+
 def _budget(trainer: FinetuneTrainer) -> str | None:
     tokens = [int(log["mbp_max_tokens"]) for log in trainer.state.log_history if "mbp_max_tokens" in log]
     if not tokens:
         return None
     return trainer.mbp_feed.budget.describe(tokens[-1]).replace(" each", " a micro-batch").replace("%", " %")
-
-
-def _epochs(number: float) -> str:
-    return f"{number:.3g} epoch" + ("" if number == 1 else "s")
 
 
 def _data(recipe: Recipe) -> str:

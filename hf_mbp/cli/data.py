@@ -26,6 +26,8 @@ _BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
     ".txt": ("text", {}),
 }
 _COMPRESSED = frozenset((".gz", ".xz", ".bz2", ".zst"))
+# What the message of a reader leaves out; spreadsheets of many countries save semicolons and encodings of their own.
+_WANTED = {"csv": "; save it as UTF-8, with commas between the cells (.csv) or tabs (.tsv)"}
 
 
 def load_splits(arguments: DataArguments, recipe_folder: Path, seed: int) -> Splits:
@@ -72,7 +74,9 @@ def load_file(path: Path) -> Dataset:
         if "corresponds to no data" in str(error):
             raise UserError(f"{path} has no rows") from error
         # datasets wraps the reader's own message, which has the line and the reason
-        raise UserError(f"{path} cannot be read as {builder}: {error.__cause__ or error}") from error
+        raise UserError(
+            f"{path} cannot be read as {builder}: {str(error.__cause__ or error).strip()}{_WANTED.get(builder, '')}"
+        ) from error
 
 
 def load_image_folder(folder: Path) -> Dataset:

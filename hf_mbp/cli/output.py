@@ -11,8 +11,9 @@ from hf_mbp.cli.sources import is_there
 
 RECIPE = "recipe.yaml"
 BEFORE_RESULTS = "eval_before_results.json"
+TRAIN_RESULTS = "train_results.json"
 # What a run writes beside model and tokenizer, which the next run replaces anyway.
-_RESULTS = (RECIPE, BEFORE_RESULTS, "train_results.json", "eval_results.json", "all_results.json", STATE)
+_RESULTS = (RECIPE, BEFORE_RESULTS, TRAIN_RESULTS, "eval_results.json", "all_results.json", STATE)
 PLOTS = ("loss.png", "padding.png")
 CARD = "README.md"
 CARD_MARK = "<!-- This card was written by hf-mbp train. -->"
@@ -30,9 +31,15 @@ def refuse_other_run(folder: Path, *, overwrite: bool, resuming: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; name a folder")
     if found and not (overwrite or resuming):
+        can_go_on = any(path.name.startswith("checkpoint-") for path in found)
         raise UserError(
-            f"output_dir {folder} holds an earlier run ({found[0].name}); name another folder,"
-            " write --overwrite_output_dir to delete that run, or --resume_from_checkpoint last to go on with it"
+            f"output_dir {folder} holds an earlier run ({found[0].name}); name another folder, or write"
+            " --overwrite_output_dir to delete that run"
+            + (
+                ", or --resume_from_checkpoint last to go on with it"
+                if can_go_on
+                else "; it has no checkpoint to go on from"
+            )
         )
 
 
@@ -67,8 +74,11 @@ def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
                 f"resume_from_checkpoint is {wanted!r}, but output_dir {folder} has no whole checkpoint-* folder"
             )
         return Path(last)
-    fault = fault_of_state(Path(wanted)) if is_there(Path(wanted)) else "there is no such folder"
-    if fault:
+    if not (is_there(Path(wanted)) and Path(wanted).is_dir()):
+        raise UserError(
+            f"resume_from_checkpoint: there is no folder {wanted}; name a checkpoint-* folder, or write last"
+        )
+    if fault := fault_of_state(Path(wanted)):
         raise UserError(f"resume_from_checkpoint: {wanted} is not a whole checkpoint of the Trainer ({fault})")
     return Path(wanted)
 

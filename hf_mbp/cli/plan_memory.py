@@ -58,7 +58,15 @@ class Estimator:
                 inputs=self.setup.inputs_of,
                 device=self.device.type,
             )
-        return replace(estimate, parameter_bytes=estimate.parameter_bytes + self._reference_bytes)
+        return replace(
+            estimate,
+            parameter_bytes=estimate.parameter_bytes + self._reference_bytes,
+            fixed_bytes=estimate.fixed_bytes + self._process_bytes,
+        )
+
+    @cached_property
+    def _process_bytes(self) -> int:
+        return _process_bytes(self.device)
 
     @cached_property
     def _reference_bytes(self) -> int:
@@ -77,8 +85,8 @@ class Estimator:
         resident = max(estimate.resident_bytes for estimate in estimates)
         if limit is not None and limit <= resident:
             raise UserError(
-                f"memory_limit is {memory.format_bytes(limit)}, but weights, gradients and optimizer states alone take "
-                f"{memory.format_bytes(resident)}; raise it, or write another dtype, optim or model"
+                f"memory_limit is {memory.format_bytes(limit)}, but weights, gradients, optimizer states and libraries "
+                f"alone take {memory.format_bytes(resident)}; raise it, or write another dtype, optim or model"
             )
         measured = [
             (rows, sum(widths), estimate.activation_bytes)
@@ -107,4 +115,9 @@ def limit_bytes(recipe: Recipe, device: torch.device) -> int | None:
         )
     if limit is not None:
         return int(limit * memory.total_memory(device))
-    return int(memory.DEFAULT_FRACTION * memory.free_memory(device))
+    return _process_bytes(device) + int(memory.DEFAULT_FRACTION * memory.free_memory(device))
+
+
+def _process_bytes(device: torch.device) -> int:
+    """What Python and its libraries hold: of a CPU's memory, which a limit counts, too."""
+    return memory.used_memory(device) if device.type == "cpu" else 0

@@ -41,6 +41,7 @@ def plot_loss(logs: Iterable[Log], before: Log, path: Path) -> bool:
         )
     axes[0].set(title="Loss", xlabel="optimizer step", ylabel="loss (nats)")
     axes[0].legend(frameon=False)
+    _whole_steps(axes[0])
     _save(figure, path)
     return True
 
@@ -119,6 +120,12 @@ def _new_figure(columns: int) -> tuple[Figure, list[Axes]]:
         one.grid(axis="y", color=_GREY, alpha=0.25, linewidth=0.6)
         one.set_axisbelow(True)
     return figure, axes
+
+
+def _whole_steps(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _thousands(axes: Axes) -> None:

@@ -32,6 +32,7 @@ def test_what_it_says(written: Path, encoder: Path, tmp_path: Path) -> None:
     rows = dict(re.findall(r"^\| ([\w -]+) \| (.+) \|$", text.split("## Training")[1], flags=re.MULTILINE))
     assert rows["base model"] == encoder.name
     assert rows["data"] == "train.jsonl, 40 rows"
+    assert re.fullmatch(r"\d+ rows", rows["evaluated on"])
     assert rows["mini-batch"] == "32 rows, on 1 x cpu"
     assert re.fullmatch(r"3 \(1\.\d+ epochs\)", rows["optimizer steps"])
     assert rows["budget"] == "at most 64 tokens a micro-batch, as asked"

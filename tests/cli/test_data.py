@@ -59,6 +59,12 @@ def test_lines_of_text(tmp_path: Path) -> None:
         ("rows", b"x", "rows: unknown kind of file"),
         ("rows.gz", b"x", "rows.gz: unknown kind of file"),
         ("rows.csv", b"", "rows.csv is empty"),
+        (
+            "rows.csv",
+            b'text;label\na, b, c;x\n"d";y\ne;f,g,h,i;z\n',
+            "rows.csv cannot be read as csv: .*UTF-8, with commas",
+        ),
+        ("rows.csv", b"text,label\ngr\xfcn,x\n", "rows.csv cannot be read as csv: .*0xfc.*UTF-8, with commas"),
         ("rows.jsonl", b'{"a": \n', "rows.jsonl cannot be read as json: "),
         ("rows.parquet", b"not parquet", "rows.parquet cannot be read as parquet: .*[Pp]arquet"),
     ],

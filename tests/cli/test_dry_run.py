@@ -46,7 +46,7 @@ def test_weights_are_not_read_and_not_trained(recipe: Callable[..., Path], monke
     [
         ({"text_column": "body"}, "has no column 'body'"),
         ({"eval_strategy": "steps", "validation_file": None}, "the trainer refuses: "),
-        ({"memory_limit": "1KiB"}, "weights, gradients and optimizer states alone take"),
+        ({"memory_limit": "1KiB"}, "weights, gradients, optimizer states and libraries alone take"),
         ({"resume_from_checkpoint": True}, "has no whole checkpoint-* folder"),
     ],
 )

@@ -8,12 +8,20 @@ from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.output import delete_run, find_checkpoint, refuse_other_run
 
 
-@pytest.mark.parametrize("trace", ["recipe.yaml", "checkpoint-3", "all_results.json", "trainer_state.json"])
-def test_an_earlier_run_is_not_overwritten_by_accident(tmp_path: Path, trace: str) -> None:
+@pytest.mark.parametrize(
+    ("trace", "remedy"),
+    [
+        ("recipe.yaml", "it has no checkpoint to go on from"),
+        ("checkpoint-3", "--resume_from_checkpoint last to go on with it"),
+        ("all_results.json", "it has no checkpoint"),
+        ("trainer_state.json", "it has no checkpoint"),
+    ],
+)
+def test_an_earlier_run_is_not_overwritten_by_accident(tmp_path: Path, trace: str, remedy: str) -> None:
     (tmp_path / trace).mkdir()
     with pytest.raises(
         UserError,
-        match=rf"{tmp_path} holds an earlier run \({trace}\); .*--overwrite_output_dir .*--resume_from_checkpoint",
+        match=rf"{tmp_path} holds an earlier run \({trace}\); .*--overwrite_output_dir .*{remedy}",
     ):
         refuse_other_run(tmp_path, overwrite=False, resuming=False)
     refuse_other_run(tmp_path, overwrite=True, resuming=False)
@@ -82,5 +90,5 @@ class TestFindCheckpoint:
     def test_mistakes(self, run: Path) -> None:
         with pytest.raises(UserError, match=r"'last', but output_dir .*new has no whole checkpoint-\* folder"):
             find_checkpoint("last", run / "new")
-        with pytest.raises(UserError, match="nowhere is not a whole checkpoint of the Trainer"):
+        with pytest.raises(UserError, match="there is no folder nowhere"):
             find_checkpoint("nowhere", run)

@@ -108,7 +108,7 @@ class TestRows:
             ({"source": "a"}, r"no column 'target' \(option target_column\); its columns are source"),
             ({"target": "a"}, r"no column 'source' \(option source_column\); its columns are target"),
             ({"source": "a", "target": 3}, "column 'target' must hold text, but has 3"),
-            ({"source": None, "target": "a"}, "column 'source' must hold text, but has None"),
+            ({"source": None, "target": "a"}, r"column 'source' \(option source_column\): 1 of \d+ rows are empty"),
         ],
     )
     def test_mistakes(self, byte_model: Path, given: dict[str, Any], message: str) -> None:

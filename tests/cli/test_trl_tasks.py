@@ -277,7 +277,8 @@ def test_another_rows_answer_is_as_long_and_the_same_each_time() -> None:
         ),
         ({}, {**TEXTS, "rejected_column": "none"}, r"no column 'none' \(option rejected_column\)"),
         ({}, WHOLE, "has no question before it; write prompt_column"),
-        ({"no": None}, TEXTS, "must hold texts, or conversations .* but one has None"),
+        ({"no": None}, TEXTS, r"column 'no' \(option rejected_column\): 1 of 1 rows are empty"),
+        ({"no": 3}, TEXTS, "must hold texts, or conversations .* but one has 3"),
         ({"yes": [said("user", "a")]}, TEXTS, "must be alike up to the last message"),
         ({"yes": [said("user", "b"), said("assistant", "a")]}, TEXTS, "must be alike up to the last message"),
         (

@@ -25,6 +25,9 @@ class Labels:
     names: tuple[str, ...]
     origin: str
 
+    def __str__(self) -> str:
+        return f"labels: {len(self.names):,}, those of {self.origin}: {_listed(self.names)}"
+
     def ids(self, values: Iterable[Any], where: str) -> list[int]:
         """Return the class id of each value.
 

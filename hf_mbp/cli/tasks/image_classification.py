@@ -36,6 +36,7 @@ def prepare(
     labels = find_labels(
         splits, data_arguments.label_column, config, head=_HEAD, new_head=model_arguments.starts_new_head
     )
+    say(str(labels))
 
     model = load_classifier(AutoModelForImageClassification, labels, model_arguments)
 

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
+from hf_mbp.cli.errors import say
 from hf_mbp.cli.models import length_limit
 from hf_mbp.cli.splits import Part, Splits, require_columns
 from hf_mbp.cli.tasks.base import TaskSetup
@@ -44,6 +45,7 @@ def prepare(
     labels = find_labels(
         splits, data_arguments.label_column, config, head=_HEAD, new_head=model_arguments.starts_new_head
     )
+    say(str(labels))
     encode = partial(_encode, labels=labels, tokenizer=tokenizer, arguments=data_arguments)
     train, validation = encode_splits(splits, encode)
     model = load_classifier(AutoModelForSequenceClassification, labels, model_arguments)
