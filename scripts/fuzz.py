@@ -57,12 +57,14 @@ def bench() -> Iterator[Bench]:
         for library in LOGGING:
             library.set_verbosity(logging.CRITICAL)
         datasets.disable_progress_bars()
+        gc.freeze()  # a run of a Trainer begins by collecting garbage: what is imported is none
         try:
             yield Bench(scratch=Path(folder), guard=Guard(), is_clear=is_clear)
         finally:
             for library, verbosity in zip(LOGGING, verbosities, strict=True):
                 library.set_verbosity(verbosity)
             datasets.enable_progress_bars()
+            gc.unfreeze()
 
 
 def made(kind: str, seed: int, number: int) -> Input:
@@ -135,7 +137,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     numbers = range(options.first, options.first + options.inputs)
     results: dict[str, Counter[Ending]] = {}
     with bench() as place:
-        gc.freeze()  # a run of a Trainer begins by collecting garbage: what is imported is none
         for kind in options.kinds:
             started = time.monotonic()
             results[kind] = run_kind(place, kind, options.seed, numbers, output)

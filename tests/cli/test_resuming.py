@@ -1,5 +1,6 @@
 """Going on from a checkpoint that is broken: the file is named, and nothing else is taken for it."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,19 @@ from hf_mbp.cli.finetune import main
 from hf_mbp.cli.resuming import broken_file
 
 
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a run is kept that was made once."""
+    return tmp_path_factory.mktemp("first") / "run"
+
+
 @pytest.fixture
-def checkpoint(recipe: Callable[..., Path], tmp_path: Path) -> Path:
+def checkpoint(recipe: Callable[..., Path], tmp_path: Path, first_run: Path) -> Path:
     """Of one step."""
-    assert main([str(recipe(max_steps=1, save_strategy="steps", save_steps=1, validation_file=None))]) == 0
+    if not first_run.exists():
+        assert main([str(recipe(max_steps=1, save_strategy="steps", save_steps=1, validation_file=None))]) == 0
+        (tmp_path / "run").rename(first_run)
+    shutil.copytree(first_run, tmp_path / "run")
     return tmp_path / "run" / "checkpoint-1"
 
 
@@ -52,12 +62,12 @@ def test_a_file_that_was_cut_off_is_named(name: str, checkpoint: Path, go_on: Ca
     assert line.endswith("name an earlier checkpoint, or leave the option out to start anew")
 
 
-def test_a_damaged_byte(checkpoint: Path, go_on: Callable[..., tuple[int, str]]) -> None:
+def test_a_damaged_byte(checkpoint: Path) -> None:
     file = checkpoint / "optimizer.pt"
     content = bytearray(file.read_bytes())
     content[content.index(b"PK", 100) - 8] ^= 1  # in the first file of the archive
     file.write_bytes(content)
-    assert "is damaged" in (broken_file(checkpoint) or "") or "cannot be read" in (broken_file(checkpoint) or "")
+    assert str(broken_file(checkpoint)).startswith("optimizer.pt cannot be read: ")
 
 
 def test_what_can_be_read_and_holds_something_else(checkpoint: Path, go_on: Callable[..., tuple[int, str]]) -> None:
