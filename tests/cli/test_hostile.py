@@ -139,7 +139,7 @@ def test_a_checkpoint_runs_no_code(recipe: Recipe, tmp_path: Path, mark: Path) -
         kept = (checkpoint / name).read_bytes()
         torch.save(Hostile(mark), checkpoint / name)
         assert_marks(checkpoint / name, mark)
-        assert main([file, "--resume_from_checkpoint", str(checkpoint)]) == (0 if name == "training_args.bin" else 1)
+        assert main([file, "--resume_from_checkpoint", str(checkpoint)]) == (0 if name == "training_args.bin" else 2)
         assert not mark.exists()
         (checkpoint / name).write_bytes(kept)
 
@@ -171,7 +171,7 @@ def test_a_chat_template_is_no_program(
     talk = [{"role": "user", "content": "good"}, {"role": "assistant", "content": "bad"}]
     rows = write_rows("talks.jsonl", [{"messages": talk}] * 4)
     changes = {"task": "language_modeling", "messages_column": "messages", "validation_file": None}
-    assert main([str(recipe(model_name_or_path=str(folder), train_file=str(rows), **changes))]) == 1
+    assert main([str(recipe(model_name_or_path=str(folder), train_file=str(rows), **changes))]) == 2
     assert "access to attribute '__class__' of 'list' object is unsafe" in capsys.readouterr().err
 
 
