@@ -215,7 +215,7 @@ def main() -> int:
         return 2
     if not SETTINGS.keys() <= os.environ.keys():  # they are read when a process starts
         os.environ.update(SETTINGS)
-        os.execv(sys.executable, [sys.executable, *sys.argv])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, *sys.argv])  # noqa: S606 - itself, again
     torch.set_num_threads(1)  # the tensors are so small that threads would wait for each other
     with tempfile.TemporaryDirectory() as folder:
         result = train(options.steps, folder)
