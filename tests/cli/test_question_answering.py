@@ -106,7 +106,6 @@ class TestMistakes:
             ({"text": ["a"], "answer_start": []}, r"row 0 is {.*}, but must be {text: \[...\], answer_start: \[...\]}"),
             ({"text": ["a"]}, "with as many of both"),
             ("a", "row 0 is 'a', but must be"),
-            (None, "row 0 is None, but must be"),
         ],
     )
     def test_answers(self, encoder: Path, answers: Any, message: str) -> None:

@@ -103,7 +103,7 @@ class TestMistakes:
             ([{"tags": ["X"]}], r"train.x has no column 'words' \(option words_column\); its columns are tags"),
             ([{"words": "a b", "tags": ["X"]}], r"'words' \(option words_column\): row 0 is 'a b', but must be a list"),
             ([{"words": ["a"], "tags": [0.5]}], r"row 0 is \[0.5\], but must be a list of names or integers"),
-            ([{"words": ["a"], "tags": None}], "row 0 is None, but must be a list of names or integers"),
+            ([{"words": ["a"], "tags": None}], r"column .tags. \(option tags_column\): 1 of 1 rows are empty"),
             ([*ROWS, {"words": ["a"], "tags": []}], r"row 2 has 1 words \('words'\) and 0 tags \('tags'\)"),
             ([{"words": ["a"], "tags": ["X"]}], "all rows have the label 'X'; nothing to tell apart"),
             ([{"words": [], "tags": []}], "train.x, column 'tags': there is no tag"),
