@@ -115,7 +115,8 @@ def make_trainer(recipe: Recipe, processor: Any, setup: TaskSetup) -> MBPMixin:
 
 def _quoted_options(given: Values, error: Exception) -> str:
     """The options whose values a message quotes, which seldom says whose they are."""
-    names = [name for name, value in given.items() if f"'{value}'" in str(error)]
+    message = str(error).lower()  # some name of a choice in capitals what was written in small letters
+    names = [name for name, value in given.items() if f"'{value}'".lower() in message]
     return f" ({', '.join(names)})" if names else ""
 
 

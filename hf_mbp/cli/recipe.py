@@ -14,12 +14,11 @@ from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments, RunArguments
 from hf_mbp.cli.errors import UserError, user_errors
 from hf_mbp.cli.sources import is_there, resolve_config, resolve_file
-from hf_mbp.cli.training_arguments import TRL_TASKS, training_arguments
+from hf_mbp.cli.training_arguments import TRL_TASKS, check_training_arguments, training_arguments
 from hf_mbp.config import MBPConfig
 
 OWN_CLASSES = (RunArguments, ModelArguments, DataArguments, MBPConfig)
@@ -92,13 +91,13 @@ def _fill_training(arguments: type[TrainingArguments], given: Values) -> Trainin
         return _made(arguments, given)
     except Exception as error:  # of any kind: a file that is missing, a text where a dictionary should be
         names = [name for name in given if name in field_types(arguments) and not _is_taken(arguments, given, name)]
-        bad = ", ".join(f"{name} is {given[name]!r:.60}" for name in names)
-        raise UserError(f"bad option: {bad}{': ' if bad else ''}{error}") from error
+        unnamed = [f"{name} is {given[name]!r:.60}" for name in names if name not in str(error)]
+        raise UserError(f"bad option: {', '.join(unnamed)}{': ' if unnamed else ''}{error}") from error
 
 
 def _made(arguments: type[TrainingArguments], given: Values) -> TrainingArguments:
     made = _fill(arguments, given)
-    get_reporting_integration_callbacks(made.report_to)  # which otherwise are looked for when the model is loaded
+    check_training_arguments(made)
     return made
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from typing import Any
+
+from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_mbp.cli.arguments import TrainArguments
 from hf_mbp.cli.errors import UserError
@@ -24,6 +27,24 @@ def training_arguments(task: str) -> type[Any]:
     from hf_mbp.cli import trl_arguments
 
     return trl_arguments.CLASSES[task]
+
+
+def check_training_arguments(arguments: Any) -> None:
+    """Check what transformers takes, and only stumbles over when it trains.
+
+    Raises:
+        ValueError: naming the option, its value and what to write.
+    """
+    get_reporting_integration_callbacks(arguments.report_to)
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; write a whole number from 1")
+    if not 0 <= arguments.num_train_epochs < math.inf:
+        raise ValueError(f"num_train_epochs is {arguments.num_train_epochs}; write a number from 0, such as 3")
+    for name, value in vars(arguments).items():
+        if name.endswith("_kwargs") and value is not None and not isinstance(value, dict):
+            raise ValueError(f"{name} is {value!r:.60}; write a mapping, such as {{name: value}}")
 
 
 def require_extra(package: str, needed_by: str) -> None:

@@ -262,7 +262,7 @@ KINDS: Mapping[str, Kind] = {
 
 def is_clear(line: str, tried: Input) -> bool:
     """Whether a message names what has to be looked at: an option, a file, a split of the data, the command line."""
-    told = re.search("command line|is not a command|error: recipe|(train|validation) rows", line)
+    told = re.search("command line|is not a command|no command|error: recipe|(train|validation) rows", line)
     if told or any(Path(name).name in line for name in tried.files):
         return True
     words = set(re.findall(r"\w+", line))

@@ -17,6 +17,8 @@ from typing import Any
 
 from accelerate.state import AcceleratorState, PartialState
 
+from hf_mbp.cli.errors import EXIT_CODE
+
 Say = Callable[[], "int | None"]
 
 
@@ -145,7 +147,8 @@ class Bench:
     def _ending(self, code: int | None, said: str, tried: Input) -> Ending:
         if code == 0:
             return Ending.ACCEPTED
-        if code != 2 or "Traceback (most recent call last)" in said:
+        is_asked = any(word.startswith(("--debug_traceback", "--debug-traceback")) for word in tried.argv)
+        if code != EXIT_CODE or ("Traceback (most recent call last)" in said and not is_asked):
             return Ending.TRACEBACK
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
         return Ending.REFUSED if len(errors) == 1 and self.is_clear(errors[0], tried) else Ending.UNCLEAR

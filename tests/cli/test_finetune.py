@@ -132,6 +132,10 @@ def test_output_folder_rules(recipe: Callable[..., Path], tmp_path: Path, capsys
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; write how many rows"),
         ({"learning_rat": 1}, "'learning_rat' is not a known key; did you mean learning_rate"),
         ({"eval_strategy": "steps", "validation_file": None}, "the trainer refuses: "),
+        (
+            {"torch_compile": True, "torch_compile_backend": "x"},
+            "the trainer refuses (torch_compile_backend): 'X' is not",
+        ),
         ({"use_cpu": False, "bf16": True, "fp16": True}, "bad option: "),
     ],
 )

@@ -104,7 +104,10 @@ class TestMistakes:
             ({"text": [""], "answer_start": [0]}, "row 0 has no answer"),
             ({"text": ["z"], "answer_start": [0]}, "row 0: the answer 'z' is not in the context"),
             ({"text": ["a"], "answer_start": []}, r"row 0 is {.*}, but must be {text: \[...\], answer_start: \[...\]}"),
-            ({"text": ["a"]}, "with as many of both"),
+            ({"text": ["a"]}, "texts, and as many numbers"),
+            ({"text": ["a"], "answer_start": [None]}, "texts, and as many numbers"),
+            ({"text": ["a"], "answer_start": ["0"]}, "texts, and as many numbers"),
+            ({"text": [7], "answer_start": [0]}, "texts, and as many numbers"),
             ("a", "row 0 is 'a', but must be"),
         ],
     )

@@ -154,7 +154,14 @@ def test_a_missing_file_is_named(parser: argparse.ArgumentParser) -> None:
             ["--train_file", "a", "--report_to", "paper"],
             "bad option: report_to is 'paper': paper is not supported",
         ),
-        (["--train_file", "a", "--use_cpu", "--deepspeed", "no.json"], "bad option: deepspeed is 'no.json': "),
+        (
+            ["--train_file", "a", "--per_device_train_batch_size", "0"],
+            "option: per_device_train_batch_size is 0; ",
+        ),
+        (["--train_file", "a", "--gradient_accumulation_steps", "-1"], "gradient_accumulation_steps is -1"),
+        (["--train_file", "a", "--num_train_epochs", "nan"], "num_train_epochs is nan; write a number from 0"),
+        (["--train_file", "a", "--lr_scheduler_kwargs", "x"], "lr_scheduler_kwargs is 'x'; write a mapping"),
+        (["--train_file", "a", "--use_cpu", "--deepspeed", "no.json"], "bad option: .*deepspeed"),
     ],
 )
 def test_mistakes_on_the_command_line(argv: list[str], message: str) -> None:

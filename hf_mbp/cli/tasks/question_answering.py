@@ -113,10 +113,13 @@ def find_answer(answers: Any, context: str, where: str) -> tuple[int, int]:
     """
     try:
         found = list(zip(answers["text"], answers["answer_start"], strict=True))
-    except (TypeError, KeyError, ValueError) as error:
+        is_right = all(isinstance(text, str) and isinstance(start, int) for text, start in found)
+    except (TypeError, KeyError, ValueError):
+        found, is_right = [], False
+    if not is_right:
         raise UserError(
-            f"{where} is {answers!r:.80}, but must be {{text: [...], answer_start: [...]}} with as many of both"
-        ) from error
+            f"{where} is {answers!r:.80}, but must be {{text: [...], answer_start: [...]}}: texts, and as many numbers"
+        )
     if not found or not found[0][0]:
         raise UserError(
             f"{where} has no answer; leave out questions without one: a model that tells where the answer is cannot"
