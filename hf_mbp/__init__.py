@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_mbp.checkpoints import last_checkpoint
     from hf_mbp.config import MBPConfig
     from hf_mbp.equivalence import EquivalenceReport, InexactError, check_equivalence
     from hf_mbp.estimate import MemoryEstimate, estimate_max_tokens, estimate_memory
@@ -27,11 +28,13 @@ __all__ = [
     "check_equivalence",
     "estimate_max_tokens",
     "estimate_memory",
+    "last_checkpoint",
     "plan_micro_batches",
     "run_mini_batch",
 ]
 
 _HOMES = {
+    "checkpoints": ("last_checkpoint",),
     "config": ("MBPConfig",),
     "equivalence": ("EquivalenceReport", "InexactError", "check_equivalence"),
     "estimate": ("MemoryEstimate", "estimate_max_tokens", "estimate_memory"),

@@ -10,41 +10,49 @@ ranks. So the rows are sorted by length, as for micro-batches, and dealt in one 
   padding in each: all ranks have rows of all lengths, and so micro-batches of the same widths.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 
 from hf_mbp.plan import Cost, Ints
 
-MANY = 20
-"""How many times the overhead of a micro-batch a rank's rows cost, from where on they are dealt in turns.
+Dealing: TypeAlias = Callable[[Ints, int], list[Ints]]
+"""Lengths of rows, and a number of ranks, to the indices of the rows of each."""
 
-A compromise, as `python scripts/rank_balance.py --many` shows for 16 and 64 rows for each of 8 and 64 ranks. Where
-ranks wait for each other after each micro-batch, turns are better from 15 to 50 times on; at 20 a step in runs takes
-from 0.91 to 1.12 of one in turns. Where they wait once a step, runs are always better: at 20 from 0.74 to 0.88."""
+MANY_IN_LOCKSTEP, MANY = 20, 100
+"""How many times what a micro-batch costs by itself a rank's rows cost, from where on they are dealt in turns.
+
+Where ranks wait for each other after each micro-batch, a compromise: as `python scripts/rank_balance.py --many` shows
+for 16 and 64 rows for each of 8 and 64 ranks, turns are better from 15 to 50 times on; at 20 a step in runs takes from
+0.91 to 1.12 of one in turns. Where they wait once a step, runs are better by far (at 20 from 0.74 to 0.88), and then
+hardly any more: at 100 from 0.89 to 0.98, and 1.08 for 2 ranks."""
 
 
-def deal(lengths: Ints, num_ranks: int, cost: Cost) -> list[Ints]:
+def deal(lengths: Ints, num_ranks: int, cost: Cost, *, in_lockstep: bool) -> list[Ints]:
     """Which rows each rank runs, every row once; every rank has one, if there are as many.
 
     Args:
         lengths: tokens of each row of the mini-batch, `[rows]`; of all its parts together.
         num_ranks: how many share them.
         cost: of micro-batches.
+        in_lockstep: whether ranks wait for each other after each micro-batch, and not at the end of the step alone.
 
     Returns:
         Ascending indices of the rows of each rank.
 
     Example:
         >>> lengths = np.array([3, 60, 4, 48, 5, 9, 7, 50])
-        >>> [rows.tolist() for rows in deal(lengths, 3, Cost(overhead=100))]
+        >>> [rows.tolist() for rows in deal(lengths, 3, Cost(overhead=100), in_lockstep=True)]
         [[1], [3, 7], [0, 2, 4, 5, 6]]
-        >>> [rows.tolist() for rows in deal(lengths, 3, Cost(overhead=1))]
+        >>> [rows.tolist() for rows in deal(lengths, 3, Cost(overhead=1), in_lockstep=True)]
         [[1, 2, 4], [0, 6, 7], [3, 5]]
     """
     order = np.argsort(-lengths, kind="stable")
     costs = row_costs(lengths[order], cost)
-    is_many = sum(costs) > MANY * cost.overhead * num_ranks
+    many = (MANY_IN_LOCKSTEP if in_lockstep else MANY) * (cost.overhead + cost.floor)
+    is_many = sum(costs) > many * num_ranks
     ranks = in_turns(len(costs), num_ranks) if is_many else in_runs(costs, num_ranks)
     return [np.sort(order[ranks == rank]) for rank in range(num_ranks)]
 

@@ -44,7 +44,9 @@ class Rows(Batch):
 
     def unpack(self) -> list[Any]:
         """The rows as the data set gave them."""
-        return _unpack(pickle.loads(self._pickled), self._columns) if self._pickled else self._rows  # noqa: S301
+        if not self._pickled:
+            return self._rows
+        return _unpack(pickle.loads(self._pickled), self._columns)  # noqa: S301 - by a worker of this process
 
 
 class KeepRows:

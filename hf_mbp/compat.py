@@ -7,12 +7,13 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, send_to_device
 from transformers import Trainer
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from hf_mbp import wrapped
 
@@ -232,10 +233,15 @@ def items_argument(trainer: Any, num_items: float) -> torch.Tensor | None:
     `None`, so that every head returns its own mean; the micro-batch's own count, which gives the same mean, if the
     user's code may want to divide by it; 1 for a micro-batch of weight zero, which has none.
     """
-    is_overridden = type(trainer).compute_loss is not Trainer.compute_loss or "compute_loss" in vars(trainer)
-    if trainer.compute_loss_func is None and not is_overridden:
+    if not has_own_loss(trainer):
         return None
     return torch.full((), num_items or 1, device=trainer.args.device)  # a copy would wait for the device
+
+
+def has_own_loss(trainer: Any) -> bool:
+    """Whether the loss is computed by code of the user or of another trainer, not by the model alone."""
+    is_overridden = type(trainer).compute_loss is not Trainer.compute_loss or "compute_loss" in vars(trainer)
+    return is_overridden or trainer.compute_loss_func is not None
 
 
 def to_training_mode(trainer: Any, model: torch.nn.Module) -> None:
@@ -426,4 +432,9 @@ def save_checkpoint(trainer: Any) -> str | None:
     if trainer.args.save_strategy == "no" or not trainer.state.global_step:
         return None
     trainer._save_checkpoint(trainer.model, trial=None)
-    return f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}"
+    return str(checkpoint_folder(trainer, trial=None))
+
+
+def checkpoint_folder(trainer: Any, trial: Any) -> Path:
+    """Where `_save_checkpoint` writes now; `trial` is one of a hyperparameter search."""
+    return Path(trainer._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")

@@ -108,7 +108,9 @@ def adapted(profile: Profile, step: int, agreed: float, reading: Reading) -> Pro
     if agreed <= cap and profile.room is not None:
         profile = replace(profile, ceiling=Ceiling(step=step, size=agreed))
     if agreed < cap:
-        return profile.with_cap(agreed, step, _why(reading, "which is close to", profile.room))
+        is_over = profile.room is not None and reading.peak_bytes > profile.room.allowed_bytes
+        relation = "which is more than" if is_over else "which is close to"
+        return profile.with_cap(agreed, step, _why(reading, relation, profile.room))
     if agreed == inf or step - profile.changed_at < GROW_PAUSE:
         return profile
     higher = min(agreed, _one_step_up(profile), _ceiling(profile, step))

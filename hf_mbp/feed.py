@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 
 from hf_mbp import collate, compat, loaders, other_trainers, wrapped
 from hf_mbp.accumulation import half_precision
+from hf_mbp.balance import deal
 from hf_mbp.collate import Batch, Inputs, Rows
 from hf_mbp.distributed import Ranks
 from hf_mbp.layout_choice import choose_layout
@@ -103,7 +105,10 @@ class Feed:
         batches_dealt = 1 if self.rows.workers_collate else trainer.args.gradient_accumulation_steps
         self._is_balanced = True
         cost = cost_of(trainer.model, trainer.args.device)
-        return loaders.balanced(loader, cost, batches_dealt, has_targets=self.rows.has_targets)
+        # A loss of the user's may have collectives in it, as those of TRL do.
+        in_lockstep = wrapped.is_sharded(trainer) or compat.has_own_loss(trainer)
+        dealing = partial(deal, cost=cost, in_lockstep=in_lockstep)
+        return loaders.balanced(loader, dealing, batches_dealt, has_targets=self.rows.has_targets)
 
     def as_many_as_others(self, batches: list[Any]) -> list[Any]:
         """The batches that were read, and empty ones where other ranks have read more: all stop at the same step.
@@ -196,7 +201,8 @@ class Feed:
             batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
             num_rows = sum(map(len, batch_sizes))
             said = " ".join(filter(None, [layout_note, checks[0]]))
-            self._tell(start_line(num_rows, micro_batches, batch_sizes, self.budget.describe(max_tokens), said))
+            budget_told, num_ranks = self.budget.describe(max_tokens), self.ranks.count
+            self._tell(start_line(num_rows, micro_batches, batch_sizes, budget_told, said, num_ranks=num_ranks))
             self._tell(self._balance_note)
             self._tell(None if self.rows.multiple_of else padded_rows_note(micro_batches, batch_sizes))
             self._tell(compiled_note() if self.is_compiled else None)

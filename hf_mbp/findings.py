@@ -192,7 +192,8 @@ def _several_means(comparison: Comparison) -> str:
 def _unexplained(difference: Difference) -> str:
     return (
         f"None of the known causes is at work: the losses add up, and the gradient does not, most of all that of "
-        f"{difference.parameter}. Look there for what acts in the backward pass only: a hook on gradients, or an "
+        f"{difference.parameter}. Look there for a small part of the loss, such as a penalty, that divides by another "
+        "count than num_items(micro_batch), or for what acts in the backward pass only: a hook on gradients, or an "
         "autograd function that adds the gradient of an auxiliary loss."
     )
 

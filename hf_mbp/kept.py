@@ -9,8 +9,9 @@ from hf_mbp.distributed import Ranks
 
 Kept = TypeVar("Kept")
 
-BUDGET, COST = "hf_mbp", "hf_mbp_cost"
-"""Names of entries in `trainer.state.stateful_callbacks`: the profile of the budget, and the measured cost."""
+BUDGET, COST, RANDOM_STATES = "hf_mbp", "hf_mbp_cost", "hf_mbp_random_states"
+"""Names of entries in `trainer.state.stateful_callbacks`: the profile of the budget, the measured cost, and how many
+ranks save the states of their random numbers."""
 
 
 def kept_entry(trainer: Any, name: str) -> Any:
@@ -24,6 +25,11 @@ def kept_entry(trainer: Any, name: str) -> Any:
 def keep_entry(trainer: Any, name: str, entry: dict[str, Any]) -> None:
     """Has checkpoints hold the entry from now on; it must go into JSON."""
     trainer.state.stateful_callbacks[name] = entry
+
+
+def drop_entry(trainer: Any, name: str) -> None:
+    """Has checkpoints hold no such entry from now on."""
+    trainer.state.stateful_callbacks.pop(name, None)
 
 
 def kept_if_it_holds(
@@ -55,7 +61,7 @@ def kept_if_it_holds(
 def hidden_entries(trainer: Any) -> Iterator[None]:
     """The state of the trainer without the entries, for stock code that takes every one of them for a callback."""
     states = trainer.state.stateful_callbacks
-    entries = {name: states.pop(name) for name in (BUDGET, COST) if name in states}
+    entries = {name: states.pop(name) for name in (BUDGET, COST, RANDOM_STATES) if name in states}
     try:
         yield
     finally:

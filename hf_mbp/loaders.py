@@ -12,10 +12,10 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, Data
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import BatchSampler
 
-from hf_mbp.balance import deal
+from hf_mbp.balance import Dealing
 from hf_mbp.collate import KeepRows, Rows
 from hf_mbp.compat import replaced
-from hf_mbp.plan import Cost, Ints
+from hf_mbp.plan import Ints
 from hf_mbp.precollated import CollateInWorkers
 from hf_mbp.row_lengths import KnownLengths, may_be_known
 
@@ -96,10 +96,10 @@ class BalancedBatches(EqualBatches):
     rank deals them by itself, all in the same way; a rank has as many batches a step as before, of other sizes.
     """
 
-    def balance(self, lengths: Callable[[], Ints | None], cost: Cost, batches_dealt: int) -> None:
+    def balance(self, lengths: Callable[[], Ints | None], deal: Dealing, batches_dealt: int) -> None:
         """What to deal by: the lengths of all rows of the data, asked for when an epoch begins; if they are `None`,
         batches stay as they were. So many batches of each rank are dealt together."""
-        self.lengths, self.cost, self.batches_dealt = lengths, cost, batches_dealt
+        self.lengths, self.deal, self.batches_dealt = lengths, deal, batches_dealt
 
     def __iter__(self) -> Iterator[list[int]]:
         lengths, rounds = self.lengths(), self._rounds()
@@ -112,7 +112,7 @@ class BalancedBatches(EqualBatches):
     def _dealt(self, step: list[list[list[int]]], lengths: Ints) -> list[list[int]]:
         """As many batches for this rank, of the rows of all ranks."""
         rows = [row for batches in step for batch in batches for row in batch]
-        own = deal(lengths[np.array(rows, dtype=np.int64)], self.num_processes, self.cost)[self.process_index]
+        own = self.deal(lengths[np.array(rows, dtype=np.int64)], self.num_processes)[self.process_index]
         return [[rows[index] for index in part] for part in np.array_split(own, len(step))]
 
     def _rounds(self) -> Iterator[list[list[int]]]:
@@ -171,14 +171,14 @@ def why_not_balanced(loader: Any) -> str | None:
     return None
 
 
-def balanced(loader: Any, cost: Cost, batches_dealt: int, *, has_targets: bool = False) -> Any:
+def balanced(loader: Any, deal: Dealing, batches_dealt: int, *, has_targets: bool = False) -> Any:
     """The loader, with its rows dealt to ranks by their cost; one for which `why_not_balanced` knows no reason.
 
     Targets, if the model has a part for them that is padded by itself, count as much as sources.
     """
     shard: Any = loader.batch_sampler
     shard.__class__ = BalancedBatches
-    shard.balance(KnownLengths(loader.dataset, has_targets=has_targets), cost, batches_dealt)
+    shard.balance(KnownLengths(loader.dataset, has_targets=has_targets), deal, batches_dealt)
     return loader
 
 

@@ -215,15 +215,28 @@ def room_for_training(
     else:
         room = int(min(free, (limit if isinstance(limit, int) else limit * total_memory(device)) - used))
     if room - pending_bytes <= 0 or room - pending_bytes < step_bytes:
+        needed = pending_bytes + step_bytes
+        remedy = (
+            f"Raise memory_limit above {format_bytes(used + needed)}"
+            if room < free and needed < free
+            else "Free some of it"
+        )
         raise ValueError(
-            f"memory_limit={limit if limit is not None else DEFAULT_FRACTION}: no memory is left for activations on "
+            f"{_named(limit)}: no memory is left for activations on "
             f"{device}. This process holds {format_bytes(used)}, {format_bytes(free)} are free, and "
             f"gradients and optimizer states will take {format_bytes(pending_bytes)} more"
             + (f", its step {format_bytes(step_bytes)} for a moment" if step_bytes else "")
-            + ". Raise memory_limit, or "
+            + f". {remedy}, or "
             "take a smaller model, a smaller dtype, fewer trainable parameters or an optimizer with less state."
         )
     return Room(allowed_bytes=used + room, resting_bytes=used + pending_bytes)
+
+
+def _named(limit: float | int | None) -> str:
+    """The option as it works: a size in a unit that can be read, or what stands for it if it is not set."""
+    if limit is None:
+        return f"memory_limit is not set, which is {DEFAULT_FRACTION} of what is free"
+    return f"memory_limit={format_bytes(limit) if isinstance(limit, int) else limit}"
 
 
 def pending_training_bytes(

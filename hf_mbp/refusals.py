@@ -4,10 +4,10 @@ import warnings
 from typing import Any
 
 from accelerate.utils import DistributedType
-from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from hf_mbp import other_trainers
+from hf_mbp.compat import has_own_loss
 from hf_mbp.wrapped import is_sharded
 
 
@@ -69,7 +69,7 @@ def embeds_rows(trainer: Any) -> bool:
     if len(names) == 1:
         missing = "loss_of_embeddings" if names[0] == "embed_rows" else "embed_rows"
         raise TypeError(f"{type(trainer).__name__} has {names[0]}, but no {missing}: define both.")
-    if type(trainer).compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None:
+    if has_own_loss(trainer):
         raise TypeError(
             f"{type(trainer).__name__} has embed_rows and loss_of_embeddings, and a compute_loss or compute_loss_func "
             "beside them: leave out one or the other."

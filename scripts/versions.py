@@ -5,8 +5,9 @@
     python scripts/versions.py lowest --show                # only prints what it would do
 
 Each has an environment of its own, `.venv-lowest` or `.venv-newest`, made anew. "Lowest" are the versions that
-pyproject.toml names as the least. "Core" is what needs no other trainer (TRL, sentence-transformers) and no DeepSpeed:
-those have lower limits of their own. It needs Python 3.11 (tomllib); PYTHON names the one to make environments with.
+pyproject.toml names as the least, those of its extras `recipes` and `trl` included. "Core" is what needs neither
+sentence-transformers nor DeepSpeed, which belong to no extra. It needs Python 3.11 (tomllib); PYTHON names the
+one to make environments with.
 """
 
 import os
@@ -19,12 +20,13 @@ import tomllib
 
 ROOT = Path(__file__).parents[1]
 
-TOOLS = ("hypothesis", "optuna", "pytest", "pytest-timeout", "pytest-xdist", "tensorboard")
+TOOLS = ("hypothesis", "optuna", "pytest", "pytest-timeout", "pytest-xdist", "schedulefree", "tensorboard")
 """Of the development extra, what the core of the tests needs."""
 
 CORE = (
     "tests/cli",
     "tests/contract",
+    "tests/test_compat.py",
     "tests/test_cuts.py",
     "tests/test_equivalence.py",
     "tests/test_evaluation.py",
@@ -33,8 +35,10 @@ CORE = (
     "tests/test_losses.py",
     "tests/test_plan.py",
     "tests/test_recovery.py",
+    "tests/test_released.py",
     "tests/test_step.py",
     "tests/test_trainer.py",
+    "tests/test_trl.py",
 )
 
 WHICH = ("lowest", "newest")
@@ -50,7 +54,7 @@ def main(words: list[str]) -> int:
     for command in commands(which, [word for word in words[1:] if word != "--show"]):
         print("+", " ".join(command), flush=True)
         if not show:
-            code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode  # noqa: S603
+            code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode  # noqa: S603 - no shell
             if code:
                 return code
     return 0
@@ -62,9 +66,10 @@ def commands(which: str, for_pytest: list[str]) -> list[list[str]]:
     venv = f".venv-{which}"
     python = f"{venv}/bin/python"
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    needed = project["dependencies"] + project["optional-dependencies"]["recipes"]
+    extras = project["optional-dependencies"]
+    needed = project["dependencies"] + extras["recipes"] + extras["trl"]
     needed = [lowest(requirement) for requirement in needed] if which == "lowest" else needed
-    tools = [tool for tool in project["optional-dependencies"]["dev"] if name_of(tool) in TOOLS]
+    tools = [tool for tool in extras["dev"] if name_of(tool) in TOOLS]
     return [
         [os.environ.get("PYTHON", sys.executable), "-m", "venv", "--clear", venv],
         [*pip, *needed, *tools],  # together, so that no tool raises what is to be the lowest

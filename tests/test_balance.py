@@ -37,6 +37,9 @@ CHEAP = Cost(overhead=1, attention=0.01)
 """Micro-batches cost so little that each rank runs many."""
 
 
+DEALING = partial(deal, cost=COST, in_lockstep=True)
+
+
 def uneven(count: int, seed: int = 0) -> Ints:
     return np.clip(np.random.default_rng(seed).lognormal(3, 1, count), 1, 300).astype(np.int64)
 
@@ -59,7 +62,7 @@ def test_no_other_assignment_of_rows_has_a_smaller_maximum(num_ranks: int) -> No
             max(costs_of(lengths, [np.flatnonzero(np.array(ranks) == rank) for rank in range(num_ranks)]))
             for ranks in assignments
         )
-        dealt = deal(lengths, num_ranks, COST)
+        dealt = deal(lengths, num_ranks, COST, in_lockstep=True)
         assert sorted(chain.from_iterable(map(list, dealt))) == list(range(num_rows))
         assert max(costs_of(lengths, dealt)) == pytest.approx(best, abs=num_rows)  # costs are rounded to whole numbers
 
@@ -67,20 +70,20 @@ def test_no_other_assignment_of_rows_has_a_smaller_maximum(num_ranks: int) -> No
 @pytest.mark.parametrize("cost", [COST, CHEAP])
 def test_every_rank_has_a_row_where_there_are_enough(cost: Cost) -> None:
     for num_rows, num_ranks in product(range(9), range(1, 8)):
-        dealt = deal(np.array([500, *[3] * num_rows])[:num_rows], num_ranks, cost)
+        dealt = deal(np.array([500, *[3] * num_rows])[:num_rows], num_ranks, cost, in_lockstep=True)
         assert len(dealt) == num_ranks
         assert sorted(chain.from_iterable(map(list, dealt))) == list(range(num_rows))
         assert sum(len(rows) > 0 for rows in dealt) == min(num_rows, num_ranks)
 
 
 def test_empty_rows_fill_a_cell() -> None:
-    assert [len(rows) for rows in deal(np.zeros(6, dtype=np.int64), 3, Cost())] == [2, 2, 2]
+    assert [len(rows) for rows in deal(np.zeros(6, dtype=np.int64), 3, Cost(), in_lockstep=True)] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 8, 64])
 def test_ranks_that_run_many_micro_batches_have_rows_of_all_lengths(num_ranks: int) -> None:
     lengths = uneven(16 * num_ranks)
-    dealt = deal(lengths, num_ranks, CHEAP)
+    dealt = deal(lengths, num_ranks, CHEAP, in_lockstep=True)
     assert {len(rows) for rows in dealt} == {16}
     in_turns = np.sort(lengths)[::-1].reshape(16, num_ranks)
     for rows in dealt:
@@ -92,11 +95,25 @@ def test_ranks_that_run_many_micro_batches_have_rows_of_all_lengths(num_ranks: i
     assert max(tokens) < before.max()
 
 
+def test_runs_are_dealt_for_longer_where_ranks_wait_once_a_step() -> None:
+    """A row costs as much as five micro-batches by themselves, of which some are the floor."""
+    lengths, by_itself = np.full(16, 100), 20.0
+    assert not is_in_runs(deal(lengths, 2, Cost(overhead=by_itself), in_lockstep=True))
+    assert is_in_runs(deal(lengths, 2, Cost(overhead=by_itself), in_lockstep=False))
+    assert is_in_runs(deal(lengths, 2, Cost(overhead=by_itself, floor=2 * by_itself), in_lockstep=True))
+    assert not is_in_runs(deal(lengths, 2, Cost(overhead=by_itself / 3), in_lockstep=False))
+
+
+def is_in_runs(shares: list[Ints]) -> bool:
+    """Whether each share of equal rows is without a gap."""
+    return all(int(rows[-1] - rows[0]) == len(rows) - 1 for rows in shares)
+
+
 @pytest.mark.parametrize("num_ranks", [2, 8, 64])
 def test_ranks_that_run_one_micro_batch_cost_nearly_alike(num_ranks: int) -> None:
     lengths = uneven(16 * num_ranks)
     before = costs_of(lengths, np.split(np.arange(16 * num_ranks), num_ranks))
-    after = costs_of(lengths, deal(lengths, num_ranks, COST))
+    after = costs_of(lengths, deal(lengths, num_ranks, COST, in_lockstep=True))
     costliest_row = max(costs_of(lengths, [[row] for row in range(len(lengths))]))
     assert max(after) < max(1.2 * sum(after) / num_ranks, costliest_row + num_ranks)
     assert max(after) < 0.7 * max(before)
@@ -115,7 +132,7 @@ def stock(sampler: Any, ranks: int, **options: bool) -> list[list[list[int]]]:
 def shard_of(sampler: Any, ranks: int, rank: int, lengths: Ints | None, together: int, **options: bool) -> Any:
     shard = BatchSamplerShard(sampler, ranks, rank, **options)
     shard.__class__ = BalancedBatches
-    shard.balance(lambda: lengths, COST, together)
+    shard.balance(lambda: lengths, DEALING, together)
     return shard
 
 
@@ -197,7 +214,7 @@ def read(loader: Any) -> list[list[int]]:
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("dataset", [ROWS, datasets.Dataset.from_list(ROWS)], ids=["list", "table"])
 def test_epochs_have_the_rows_of_stock_and_a_resumed_one_the_rest(workers: int, dataset: Any) -> None:
-    two = [balanced(loader_of(rank, dataset, workers=workers), COST, 2) for rank in range(2)]
+    two = [balanced(loader_of(rank, dataset, workers=workers), DEALING, 2) for rank in range(2)]
     before = [loader_of(rank, dataset) for rank in range(2)]
     seen = []
     for epoch in range(2):
@@ -241,7 +258,7 @@ def test_rows_that_cannot_be_dealt_are_left_as_they_were_with_the_reason() -> No
     assert why_not_balanced(dealt_by_the_first) == "the first process reads and deals them"
     assert why_not_balanced([1, 2]) == "the data loader is not that of Trainer"
     assert why_not_balanced(loader_of(0)) is None
-    assert why_not_balanced(balanced(loader_of(0), COST, 1)) is None
+    assert why_not_balanced(balanced(loader_of(0), DEALING, 1)) is None
     assert why_not_balanced(loader_of(0, even_batches=False)) is None
 
 
@@ -254,7 +271,7 @@ def test_lengths_are_looked_up_once_for_all_epochs(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(row_lengths, "known_lengths", counted)
     rows = list(ROWS)
-    loader = balanced(loader_of(0, rows), COST, 1)
+    loader = balanced(loader_of(0, rows), DEALING, 1)
     assert read(loader) != read(loader)  # another epoch
     assert looked_up == [61]
     rows.append(rows[0])
@@ -268,7 +285,10 @@ def test_targets_count_where_they_are_padded_by_themselves() -> None:
     for dataset in (rows, datasets.Dataset.from_list(rows)):
         shares = {
             has_targets: [
-                [len(batch.unpack()) for batch in balanced(loader_of(rank, dataset), COST, 1, has_targets=has_targets)]
+                [
+                    len(batch.unpack())
+                    for batch in balanced(loader_of(rank, dataset), DEALING, 1, has_targets=has_targets)
+                ]
                 for rank in range(2)
             ]
             for has_targets in (False, True)
@@ -298,7 +318,21 @@ def test_rows_of_all_accumulated_batches_are_dealt_together(trainer: Callable[..
     assert type(shard) is BalancedBatches
     assert shard.batches_dealt == 3
     assert shard.lengths().tolist() == [len(row["input_ids"]) for row in ROWS]
-    assert shard.cost.attention > 0
+
+
+@pytest.mark.parametrize(("trainer_of", "in_lockstep"), [("Trainer", False), ("user", True), ("FSDP", True)])
+def test_who_waits_after_each_micro_batch_is_known(
+    trainer_of: str, in_lockstep: bool, trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of the user's own may have collectives in it."""
+    made = trainer()
+    if trainer_of == "user":
+        made.compute_loss_func = lambda outputs, labels, num_items_in_batch: outputs.logits.sum()
+    made.is_fsdp_enabled = trainer_of == "FSDP"
+    dealing = made.mbp_feed.balanced(loader_of(1)).batch_sampler.deal
+    assert dealing.func is deal
+    assert dealing.keywords["in_lockstep"] is in_lockstep
+    assert dealing.keywords["cost"].attention > 0
 
 
 def test_targets_of_an_encoder_decoder_are_dealt_too(tmp_path: Path) -> None:
@@ -362,7 +396,7 @@ def test_the_simulation_knows_who_waits() -> None:
 
 
 def test_the_simulation_compares_the_same_rows() -> None:
-    before, after = rank_balance.compared(2, rank_balance.cost_on("cuda"), num_steps=3)
+    before, after = rank_balance.compared(2, rank_balance.cost_on("cuda"), in_lockstep=False, num_steps=3)
     assert after.once <= before.once
     assert after.once / after.ideal < before.once / before.ideal
     assert rank_balance.line("cpu", 2, num_steps=1).startswith("| CPU | 2 | ")

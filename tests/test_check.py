@@ -144,6 +144,15 @@ class PairwiseContrastive(MBPTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+class SmallPenalty(MBPTrainer):
+    """A mean over tokens beside one over rows, so small that in all parameters together it does not show."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        outputs = model(**inputs, output_hidden_states=True)
+        loss = outputs.loss + 1e-3 * outputs.hidden_states[-1][inputs["attention_mask"].bool()].mean()
+        return (loss, outputs) if return_outputs else loss
+
+
 class Auxiliary(torch.autograd.Function):
     """Leaves the loss as it is, and adds to its gradient, as some mixtures of experts do to balance them."""
 
@@ -241,6 +250,12 @@ INEXACT: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         classes,
         {"trainer_class": PairwiseContrastive},
         "the loss of a row twice is not that of the row",
+    ),
+    "small penalty": (
+        classifier,
+        classes,
+        {"trainer_class": SmallPenalty},
+        "a small part of the loss, such as a penalty",
     ),
     "gradients only": (lambda: build(AddsGradients, bert_config(num_labels=3)), classes, {}, "backward pass only"),
     "training mode only": (

@@ -36,6 +36,7 @@ def test_a_peak_close_to_the_limit_shrinks_to_what_would_have_left_a_margin(exce
     assert smaller.cap * per_planned + 200_000 == pytest.approx(control.AIM * 1_000_000)
     (event,) = smaller.events
     assert (event.step, event.what, event.before, event.after) == (5, "max_bytes", 800_000, smaller.cap)
+    assert ("which is more than" if excess > 1 else "which is close to") in event.why
 
 
 def test_steps_of_a_device_that_takes_its_share_more_come_to_rest_below_the_limit() -> None:

@@ -1,13 +1,17 @@
 """Links of the documentation lead somewhere, the tests it names exist, and its code runs."""
 
+import ast
 import re
 from functools import partial
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from transformers import BertForSequenceClassification, BertModel, TrainingArguments
 
-from hf_mbp import MBPTrainer
+from hf_mbp import MBPConfig, MBPTrainer
+from hf_mbp.distributed import Ranks
+from hf_mbp.report import StepReport
 from tests.contrastive import pair_rows
 from tests.documents import DOCS, PAGES, ROOT, blocks, name_of
 from tests.helpers import Pad, bert_config, build, token_rows, tokenizer, with_labels
@@ -36,6 +40,21 @@ def test_the_tables_name_tests() -> None:
     for page, least in (("trainer_contract.md", 29), ("models.md", 10)):
         rows = [line for line in (ROOT / "docs" / page).read_text().splitlines() if line.startswith("| ")]
         assert sum("`test_" in row for row in rows) >= least
+
+
+def test_the_options_are_those_there_are() -> None:
+    page = (DOCS / "options.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", page, flags=re.MULTILINE)
+    assert {name: ast.literal_eval(default) for name, default in listed} == vars(MBPConfig())
+
+
+def test_what_is_logged_is_listed() -> None:
+    page = (DOCS / "options.md").read_text()
+    listed = dict(re.findall(r"^\| `(mbp_\w+)`( \*)? \|", page, flags=re.MULTILINE))
+    ranks, report = Ranks(Accelerator(cpu=True)), StepReport()
+    logged, totals = report.flush(ranks, 0), report.totals(ranks)
+    assert set(listed) == {*logged, *totals, "mbp_calibration_error"}
+    assert {name for name, star in listed.items() if star} == set(logged) & set(totals)
 
 
 def test_the_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import BertConfig, BertForSequenceClassification, BertModel, TrainingArguments, set_seed
 
-from hf_mbp import InexactError
+from hf_mbp import InexactError, MBPConfig
 from tests.cli.conftest import WORDS, word_tokenizer
 from tests.documents import DOCS, ROOT, blocks
 
@@ -148,6 +148,11 @@ def test_too_little_memory(prepared: Names, capsys: pytest.CaptureFixture[str]) 
     assert re.search(r"^\d+ tokens a micro-batch$", capsys.readouterr().out, flags=re.MULTILINE)
     execute(estimate, prepared)
     assert "activations" in capsys.readouterr().out
+    size = r"[\d.]+ [KMGT]?i?B"
+    refusal = size.join(map(re.escape, re.split(size, one_block("too_little_memory.md", "text").strip())))
+    prepared["trainer"].mbp_config = MBPConfig(memory_limit="1MB")
+    with pytest.raises(ValueError, match=refusal):
+        prepared["trainer"].train()
 
 
 def test_the_plan_of_too_little_memory(checkout: Path) -> None:
@@ -164,11 +169,16 @@ def test_two_processes(checkout: Path, tiny_model: Path) -> None:
 
 
 def test_refused_loss(prepared: Names, capsys: pytest.CaptureFixture[str]) -> None:
-    refused, counted, check = blocks(GUIDES / "refused_loss.md", "python")
-    with pytest.raises(InexactError, match=re.escape(one_block("refused_loss.md", "text").strip())):
+    refused, counted, two_means, one_mean = blocks(GUIDES / "refused_loss.md", "python")
+    said, found = (block.strip() for block in blocks(GUIDES / "refused_loss.md", "text"))
+    with pytest.raises(InexactError, match=re.escape(said)):
         execute(refused, prepared)
     execute(counted, prepared)
     assert prepared["trainer"].state.global_step == 1
     capsys.readouterr()
-    execute(check, prepared)
-    assert "exact                     yes" in capsys.readouterr().out
+    execute(two_means, prepared)
+    told = capsys.readouterr().out
+    assert "exact                     no" in told
+    assert found in told
+    execute(one_mean, prepared)
+    assert prepared["trainer"].state.global_step == 1

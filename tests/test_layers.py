@@ -28,6 +28,7 @@ LAYERS = [
     "rehearsal",
     "control",
     "profile",
+    "checkpoints",
     "kept",
     "row_reader",
     "report",

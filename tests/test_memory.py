@@ -225,16 +225,27 @@ def test_room_is_the_limit_less_what_is_taken(
     assert room_for_training(CPU, limit, pending).activation_bytes == int(room)
 
 
-@pytest.mark.parametrize(("limit", "pending"), [(300, 0), (450, 150), (0.1, 0), (None, 600)])
-def test_no_room_is_an_error_that_names_what_takes_it(device_with: Any, limit: Any, pending: int) -> None:
+@pytest.mark.parametrize(
+    ("limit", "pending", "named", "remedy"),
+    [
+        (300, 0, "memory_limit=300 B", "Raise memory_limit above 300 B"),
+        (450, 150, "memory_limit=450 B", "Raise memory_limit above 450 B"),
+        (450, 700, "memory_limit=450 B", "Free some of it"),
+        (0.1, 0, "memory_limit=0.1", "Raise memory_limit above 300 B"),
+        (None, 600, f"memory_limit is not set, which is {DEFAULT_FRACTION} of what is free", "Free some of it"),
+    ],
+)
+def test_no_room_is_an_error_that_names_what_takes_it(
+    device_with: Any, limit: Any, pending: int, named: str, remedy: str
+) -> None:
     device_with(1000, 300, 600)
     with pytest.raises(ValueError, match="no memory is left for activations on cpu") as error:
         room_for_training(CPU, limit, pending)
     message = str(error.value)
-    assert message.startswith(f"memory_limit={DEFAULT_FRACTION if limit is None else limit}: ")
+    assert message.startswith(f"{named}: no memory")
     assert "This process holds 300 B, 600 B are free" in message
     assert f"gradients and optimizer states will take {pending} B more" in message
-    assert "Raise memory_limit, or take a smaller model" in message
+    assert f"{remedy}, or take a smaller model" in message
 
 
 def test_an_address_space_limit_bounds_what_is_free() -> None:

@@ -1,14 +1,18 @@
 """The code of the README runs, and the commands it names are there."""
 
+import json
 import re
 import runpy
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from transformers import BertForSequenceClassification
 
+import readme_figures
+from hf_mbp import MBPMixin
+from marked_table import table_in
 from tests.helpers import bert_config, tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +47,8 @@ def test_python_code(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.Monke
     names = runpy.run_path(str(script))
     assert names["trainer"].state.global_step == 1
     assert "exact                     yes" in capsys.readouterr().out
-    assert isinstance(names["weighted"].weights, torch.Tensor)
+    assert names["config"].memory_limit == "20GiB"
+    assert issubclass(names["MBPSFTTrainer"], MBPMixin)
 
 
 def test_commands_name_files_that_exist() -> None:
@@ -52,3 +57,19 @@ def test_commands_name_files_that_exist() -> None:
     assert "scripts/quickstart.sh" in files
     assert "scripts/test.sh" in files
     assert all((ROOT / name).is_file() for name in files)
+
+
+def test_the_figures_are_those_of_the_benchmark(tmp_path: Path) -> None:
+    summary = json.loads(readme_figures.RESULTS.read_text())["summary"]
+    assert table_in(readme_figures.README, "figures") == readme_figures.table(summary)
+    readme_figures.draw_panels(summary, tmp_path / "problem.png")
+    assert (tmp_path / "problem.png").stat().st_size > 10_000
+    assert "](docs/problem.png)" in README
+
+
+def test_the_picture_shows_the_same_rows_thrice() -> None:
+    lengths = np.array([20, 7, 300, *[9] * 61])
+    once, accumulated, planned = (panel.groups for panel in readme_figures.panels(lengths))
+    assert [sorted(row for group in way for row in group) for way in (once, accumulated, planned)] == [[*range(64)]] * 3
+    assert list(map(len, accumulated)) == [8] * 8
+    assert planned[0] == [2]

@@ -272,6 +272,11 @@ def test_first_line_says_what_will_happen() -> None:
     )
 
 
+def test_first_line_of_several_ranks_speaks_of_one() -> None:
+    line = start_line(3, step_of((16, 11)), [as_sizes([5] * 3)], "as asked", "Exact.", num_ranks=2)
+    assert line.startswith("hf_mbp: 3 rows a step on the first of 2 processes run as 1 micro-batch (as asked). ")
+
+
 # In a run
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hf_mbp.gauge import Gauge
 from hf_mbp.plan import Budget
 from hf_mbp.rehearsal import longest_rows
 from hf_mbp.row_lengths import known_lengths
+from hf_mbp.run_budget import RunBudget
 from tests.helpers import bert_config, build, masked_prefix, mbp_trainer, token_rows, with_labels
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
@@ -139,6 +141,30 @@ def test_what_the_optimizer_takes_does_not_shrink_the_budget(tmp_path: Path, mon
     _, caps = run(tmp_path, lambda step: 0.9, max_steps=4, optim="adamw_torch")
     assert gauges[-1].has_stepped
     assert caps == [caps[0]] * 4
+
+
+class Full(Told):
+    """A device that holds too much in every step."""
+
+    def peak_bytes(self) -> int:
+        return 10**9
+
+
+def test_the_peak_of_a_row_beyond_the_budget_does_not_shrink_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Smaller micro-batches beside it would be slower, and the peak the same."""
+    planned = RunBudget.planned
+
+    def with_such_a_row(budget: RunBudget, micro_batches: Any) -> None:
+        planned(budget, [*micro_batches, replace(micro_batches[0], is_checkpointed=True)])
+
+    monkeypatch.setitem(globals(), "Told", Full)
+    _, shrinking = run(tmp_path / "without", None, max_steps=3)
+    monkeypatch.setattr(RunBudget, "planned", with_such_a_row)
+    _, steady = run(tmp_path / "with", None, max_steps=3)
+    assert shrinking[-1] < shrinking[0]
+    assert steady == [steady[0]] * 3
 
 
 def test_another_library_or_device_finds_the_budget_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from transformers import Seq2SeqTrainingArguments
 
@@ -69,7 +69,14 @@ class ModelArguments:
     new_head: bool = field(
         default=False, metadata={"help": "start a new classification head, though the model has one for other labels"}
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
+    pickled_weights: bool = field(
+        default=False,
+        metadata={"help": "load weights that are not in safetensors, too: pickles such as pytorch_model.bin"},
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "run code that comes with the model; a recipe cannot say this for you, it has to be typed"},
+    )
     use_peft: bool = field(
         default=False, metadata={"help": "train LoRA adapters alone: instruction_tuning, preference_tuning"}
     )
@@ -84,6 +91,11 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
             raise ValueError(f"dtype is {self.dtype!r}; write one of {', '.join(get_args(Dtype))}")
+        if self.attn_implementation is not None and "/" in self.attn_implementation and not self.trust_remote_code:
+            raise ValueError(
+                f"attn_implementation is {self.attn_implementation!r}: such a kernel is code from the Hub; type"
+                " --trust_remote_code to run it, or write sdpa, eager or flash_attention_2"
+            )
         if self.model_name_or_path is not None and self.config_name is not None:
             raise ValueError("write either model_name_or_path (its weights) or config_name (random weights), not both")
         for name in ("lora_r", "lora_alpha"):
@@ -242,7 +254,18 @@ class DataArguments:
             raise ValueError("write either prompt_column and answer_column, or messages_column, not both")
 
 
-class TrainArguments(Seq2SeqTrainingArguments):
-    """transformers' own arguments; this class only gives them a heading of their own in the help."""
+class KeepsNoToken:
+    """Arguments whose pickle has no token; put it before a class of training arguments.
+
+    Trainer writes its arguments as a pickle into every checkpoint, and uploads it with the model.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the token of the Hub."""
+        return {**self.__dict__, "hub_token": None}
+
+
+class TrainArguments(KeepsNoToken, Seq2SeqTrainingArguments):
+    """transformers' own arguments, under a heading of their own in the help."""
 
     _argument_group_name = "training (transformers.Seq2SeqTrainingArguments)"

@@ -141,7 +141,7 @@ def _in_own_process(name: str, argv: Sequence[str]) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "result.json")
         command = [sys.executable, "-m", "hf_mbp.cli.bench", *argv, "--one", f"{name}:{file}", "--output_dir", folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - no shell
         if file.is_file():
             return Result(**json.loads(file.read_text(encoding="utf-8")))
     if done.returncode in _KILLED:

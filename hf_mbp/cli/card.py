@@ -6,6 +6,7 @@ Trainer's own card knows none of micro-batches, of the result before training, o
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +38,7 @@ PIPELINE_TAGS: Mapping[str, str] = {
 """What the Hub calls a task; one that it has no name for is left out."""
 
 _VERSIONS = ("transformers", "torch", "accelerate", "datasets", "tokenizers")
+_COMMAND = f"```bash\nhf-mbp train {RECIPE} --output_dir again\n```"
 # Of an evaluation: what it took, and not how good the model is.
 _NO_RESULT = ("runtime", "per_second", "preparation_time")
 
@@ -98,7 +100,7 @@ def _results(metrics: Metrics, prefix: str = "eval_") -> dict[str, float]:
 def _body(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics, folder: Path) -> str:
     parts = [
         CARD_MARK,
-        f"# {folder.resolve().name}",
+        f"# {_plain(folder.resolve().name)}",
         f"{_short_name(recipe.model.model_name_or_path)}, trained for {_in_words(recipe.run.task)} on "
         f"{_data(recipe)} with hf_mbp: each mini-batch runs in micro-batches that fit the device, with the gradient of "
         "the whole.",
@@ -125,7 +127,7 @@ def _repeat_section(folder: Path) -> list[str]:
     """Written during training, too, into the folder of a checkpoint, which has no recipe."""
     if not (folder / RECIPE).is_file():
         return []
-    return ["## Again", f"[{RECIPE}]({RECIPE}) has every option:", f"```bash\nhf-mbp train {RECIPE}\n```"]
+    return ["## Again", f"[{RECIPE}]({RECIPE}) has every option:", _COMMAND]
 
 
 def _training(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics) -> dict[str, str]:
@@ -137,37 +139,58 @@ def _training(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics) -> dic
         "base model": _short_name(recipe.model.model_name_or_path),
         "model": described(trainer.model),
         "data": f"{_data(recipe)}, {len(trainer.train_dataset):,} rows",
+        "evaluated on": _evaluation_rows(trainer, recipe),
         "mini-batch": f"{rows:,} rows, on {devices}",
-        "optimizer steps": f"{trainer.state.global_step:,} ({trainer.state.epoch or 0:.3g} epochs)",
+        "optimizer steps": f"{trainer.state.global_step:,} ({_epochs(trainer.state.epoch or 0)})",
         "optimizer": f"{getattr(args.optim, 'value', args.optim)}, learning rate {args.learning_rate:g}, "
         f"{getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)} schedule",
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else None,
         "seed": str(args.seed),
         "micro-batches": f"{metrics['mbp_micro_batches']:.3g} a step on average" if totals else None,
         "budget": _budget(trainer),
-        "padding": str(totals) if totals else None,
+        "padding": str(totals).removeprefix("padding ") if totals else None,
         "exactness": trainer.mbp_feed.check.outcome,
-        "time": f"{metrics['train_runtime']:,.0f} s" if "train_runtime" in metrics else None,
+        "training time": f"{metrics['train_runtime']:,.0f} s" if "train_runtime" in metrics else None,
     }
     return {name: value for name, value in known.items() if value}
 
 
+def _epochs(number: float) -> str:
+    return f"{number:.3g} epoch{'' if number == 1 else 's'}"
+
+
+def _evaluation_rows(trainer: FinetuneTrainer, recipe: Recipe) -> str | None:
+    if trainer.eval_dataset is None:
+        return None
+    is_share = recipe.data.validation_fraction is not None
+    return f"{len(trainer.eval_dataset):,} rows" + (
+        " of the same data, chosen at random and held out" if is_share else ""
+    )
+
+
 def _budget(trainer: FinetuneTrainer) -> str | None:
     tokens = [int(log["mbp_max_tokens"]) for log in trainer.state.log_history if "mbp_max_tokens" in log]
-    return trainer.mbp_feed.budget.describe(tokens[-1]).replace(" each", " a micro-batch") if tokens else None
+    if not tokens:
+        return None
+    return trainer.mbp_feed.budget.describe(tokens[-1]).replace(" each", " a micro-batch").replace("%", " %")
 
 
 def _data(recipe: Recipe) -> str:
     """The data set on the Hub, or the name of the file without its folder: cards are made to be shared."""
     data = recipe.data
     named = data.dataset_name or Path(str(data.train_file)).name
-    return f"{named} ({data.dataset_config_name})" if data.dataset_config_name else named
+    return _plain(f"{named} ({data.dataset_config_name})" if data.dataset_config_name else named)
 
 
 def _short_name(model: str | None) -> str:
     """A name on the Hub as it is, of a folder its last part."""
     name = str(model)
-    return name if "://" in name or _is_on_hub(name) else Path(name).resolve().name
+    return _plain(name if "://" in name or _is_on_hub(name) else Path(name).resolve().name)
+
+
+def _plain(name: str) -> str:
+    """A name in one line, as it reads: what would be markup is escaped, for cards are shown on pages of the Hub."""
+    return re.sub(r"[\\`*\[\]<>&]", lambda mark: f"&#{ord(mark[0])};", " ".join(name.split()))
 
 
 def _in_words(task: str) -> str:

@@ -8,13 +8,7 @@ import textwrap
 from collections.abc import Sequence
 
 from hf_mbp.cli.command import run_command
-from hf_mbp.cli.errors import (
-    EXIT_CODE,
-    FAILED,
-    UserError,
-    say,
-    user_errors,
-)
+from hf_mbp.cli.errors import EXIT_CODE, FAILED, UserError, say, user_errors
 from hf_mbp.cli.finetune import build_trainer
 from hf_mbp.cli.help import option_sections
 from hf_mbp.cli.recipe import Recipe, read_recipe

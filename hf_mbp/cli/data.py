@@ -1,8 +1,8 @@
-"""The rows to train on and to evaluate on, as the user has them: not tokenized, and images not as pixel values."""
+"""Loads the rows to train on and to evaluate on, as the user has them: not tokenized, images unread."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
@@ -13,6 +13,7 @@ from hf_mbp.cli.digits import DIGITS, load_digits
 from hf_mbp.cli.errors import UserError, user_errors
 from hf_mbp.cli.preparations import find_preparation
 from hf_mbp.cli.sources import resolve_file
+from hf_mbp.cli.splits import Splits, require_columns
 
 # Suffix -> builder of the datasets library and its options.
 _BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
@@ -25,16 +26,8 @@ _BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
     ".txt": ("text", {}),
 }
 _COMPRESSED = frozenset((".gz", ".xz", ".bz2", ".zst"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Splits:
-    """Training rows, and evaluation rows if there are any; and where they came from, for messages."""
-
-    train: Dataset
-    validation: Dataset | None
-    train_origin: str
-    validation_origin: str
+# What the message of a reader leaves out; spreadsheets of many countries save semicolons and encodings of their own.
+_WANTED = {"csv": "; save it as UTF-8, with commas between the cells (.csv) or tabs (.tsv)"}
 
 
 def load_splits(arguments: DataArguments, recipe_folder: Path, seed: int) -> Splits:
@@ -82,7 +75,9 @@ def load_file(path: Path) -> Dataset:
         if "corresponds to no data" in str(error):
             raise UserError(f"{path} has no rows") from error
         # datasets wraps the reader's own message, which has the line and the reason
-        raise UserError(f"{path} cannot be read as {builder}: {error.__cause__ or error}") from error
+        raise UserError(
+            f"{path} cannot be read as {builder}: {str(error.__cause__ or error).strip()}{_WANTED.get(builder, '')}"
+        ) from error
     return rows
 
 
@@ -98,21 +93,6 @@ def load_image_folder(folder: Path) -> Dataset:
     ):
         # a pattern, because of a folder's name alone datasets would take folders called train and test for splits
         return load_dataset("imagefolder", data_files={"train": [str(folder / "**")]}, split="train")
-
-
-def require_columns(splits: Splits, columns: dict[str, str | None]) -> None:
-    """Check that both splits have the columns; ``columns`` maps the option to the name it gives (``None``: not used).
-
-    Raises:
-        UserError: naming the option, the missing column and the columns that are there.
-    """
-    for rows, origin in ((splits.train, splits.train_origin), (splits.validation, splits.validation_origin)):
-        for option, column in columns.items():
-            if rows is not None and column is not None and column not in rows.column_names:
-                raise UserError(
-                    f"{origin} has no column {column!r} (option {option});"
-                    f" its columns are {', '.join(rows.column_names)}"
-                )
 
 
 def _from_files(train_file: str, arguments: DataArguments, recipe_folder: Path) -> Splits:
@@ -146,8 +126,9 @@ def _from_hub(arguments: DataArguments) -> Splits:
 
 
 def _load_from_hub(name: str, config_name: str | None) -> DatasetDict:
-    refused = f"data set {name} (dataset_name) cannot be loaded from the Hub"
-    with user_errors(refused, (ValueError, OSError, DatasetGenerationError)):
+    # A data set that is a program is refused by a RuntimeError.
+    kinds = (ValueError, OSError, RuntimeError, DatasetGenerationError)
+    with user_errors(f"data set {name} (dataset_name) cannot be loaded from the Hub", kinds):
         return load_dataset(name, config_name)
 
 

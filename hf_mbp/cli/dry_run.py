@@ -13,8 +13,10 @@ from accelerate import Accelerator
 from hf_mbp.cli.arguments import TrainArguments
 from hf_mbp.cli.errors import say
 from hf_mbp.cli.models import described
-from hf_mbp.cli.plan import as_text, plan_of, without_weights
+from hf_mbp.cli.plan_text import as_text
 from hf_mbp.cli.recipe import Recipe
+from hf_mbp.cli.run_plan import plan_of
+from hf_mbp.cli.shapes import without_weights
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.compat import replaced
 
@@ -41,8 +43,9 @@ def rehearse(
     with tempfile.TemporaryDirectory() as folder, replaced(Accelerator, prepare_model=_where_it_is):
         tried = replace(recipe, model=without_weights(recipe.model), train=_written_to(folder, recipe.train))
         processor, setup = prepare(tried)
+        # Before there is a trainer, which may change the model: other adapters, another way to compute its loss
+        plan = plan_of(recipe, recipe.train.device, setup)
         model = described(setup.model)
-        plan = plan_of(recipe, recipe.train.device, setup)  # before TRL changes how the model computes its loss
         make_trainer(tried, processor, setup)
     say(f"{'model':<20} {model}")
     say(as_text(plan, recipe.train.device))

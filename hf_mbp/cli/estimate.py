@@ -15,8 +15,8 @@ from hf_mbp.cli.arguments import ModelShape, TrainArguments
 from hf_mbp.cli.command import run_command
 from hf_mbp.cli.errors import UserError, say, user_errors
 from hf_mbp.cli.models import described, load_config, load_model
-from hf_mbp.cli.plan import row_sizes, set_up
 from hf_mbp.cli.recipe import Values, parse_options, read_recipe, recipe_parser
+from hf_mbp.cli.shapes import row_sizes, set_up
 from hf_mbp.estimate import MemoryEstimate, estimate_max_tokens, estimate_memory
 from hf_mbp.memory import parse_memory_limit
 

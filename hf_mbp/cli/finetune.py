@@ -19,7 +19,7 @@ from hf_mbp.cli.dry_run import rehearse
 from hf_mbp.cli.errors import UserError, say
 from hf_mbp.cli.help import short_help
 from hf_mbp.cli.models import load_config
-from hf_mbp.cli.output import BEFORE_RESULTS, RECIPE, delete_run, find_checkpoint, refuse_other_run
+from hf_mbp.cli.output import BEFORE_RESULTS, RECIPE, TRAIN_RESULTS, delete_run, find_checkpoint, refuse_other_run
 from hf_mbp.cli.padding import PaddingTotals
 from hf_mbp.cli.plots import plot_loss, plot_padding
 from hf_mbp.cli.recipe import Recipe, Values, dump_recipe, find_task_name, read_recipe, recipe_parser
@@ -58,7 +58,7 @@ def finetune(recipe: Recipe) -> None:
     trainer = build_trainer(recipe)
     _claim_folder(recipe, folder, resuming=checkpoint is not None)
     before = _evaluate_before(trainer, recipe, folder, resuming=checkpoint is not None)
-    trained = _train(trainer, checkpoint)
+    trained = _train(trainer, checkpoint, folder)
     trainer.write_card = partial(write_card, trainer, recipe, metrics := {**before, **trained})
     trainer.save_model()
     trainer.save_state()
@@ -67,7 +67,7 @@ def finetune(recipe: Recipe) -> None:
     _draw(trainer, folder, before, trained)
     _publish(trainer)
     _report(metrics, folder)
-    trainer.end()
+    trainer.accelerator.end_training()  # as Trainer.end does, which transformers 5.17 has not
 
 
 def build_trainer(recipe: Recipe) -> MBPMixin:
@@ -135,9 +135,13 @@ def _evaluate_before(trainer: MBPMixin, recipe: Recipe, folder: Path, *, resumin
     if not recipe.run.eval_before_training:
         return {}
     if resuming:  # the untrained model was evaluated when the run began
-        file = folder / BEFORE_RESULTS
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return _saved(folder / BEFORE_RESULTS)
     return _evaluate(trainer, "eval_before")
+
+
+def _saved(file: Path) -> Metrics:
+    """What the run had saved before it was interrupted; nothing if it had not come so far."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _evaluate(trainer: MBPMixin, prefix: str) -> Metrics:
@@ -162,7 +166,7 @@ class _Progress(TrainerCallback):
         self.has_begun = True
 
 
-def _train(trainer: MBPMixin, checkpoint: Path | None) -> Metrics:
+def _train(trainer: MBPMixin, checkpoint: Path | None, folder: Path) -> Metrics:
     progress = _Progress()
     trainer.add_callback(progress)
     try:
@@ -176,7 +180,12 @@ def _train(trainer: MBPMixin, checkpoint: Path | None) -> Metrics:
         if isinstance(error, ValueError):
             raise UserError(f"training cannot start: {error}") from error
         raise
-    return metrics
+    if progress.has_begun or checkpoint is None:
+        return metrics
+    # It was trained to its end, and perhaps interrupted after that: what is still due is done, and its figures stay.
+    done, wanted = trainer.state.global_step, trainer.state.max_steps
+    say(f"{checkpoint} is at step {done:,} of {wanted:,}: nothing was left to train")
+    return _saved(folder / TRAIN_RESULTS)
 
 
 def _draw(trainer: MBPMixin, folder: Path, before: Metrics, trained: Metrics) -> None:

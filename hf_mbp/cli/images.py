@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from hf_mbp.cli.errors import UserError
 
@@ -20,20 +21,44 @@ class PixelTransform:
     """For ``Dataset.with_transform``: the images in the column ``pixel_values`` become what the model reads.
 
     Pixel values of a whole data set would not fit: three times 224 x 224 numbers an image. A class, because the
-    workers of a data loader have to be sent it. ``origin`` says in messages where the images are from.
+    workers of a data loader have to be sent it. ``origin`` says in messages where the images are from. With a ``shape``
+    all have to be like that, since those of a micro-batch are stacked.
     """
 
     processor: Any
     num_channels: int
     origin: str
+    shape: torch.Size | None = None
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """Return the batch with float tensors [channels, height, width] in the place of images."""
+        """Return the batch with float tensors [channels, height, width] in the place of images.
+
+        Raises:
+            UserError: one is no image, or of another size.
+        """
         if PIXELS not in batch:
             return dict(batch)  # another column was asked for by itself
         images = [as_array(image, self.num_channels, self.origin) for image in batch[PIXELS]]
-        processed = self.processor(images, input_data_format="channels_last", return_tensors="pt")
-        return {**batch, PIXELS: list(processed[PIXELS])}
+        processed = self.processor(images, input_data_format="channels_last")
+        return {**batch, PIXELS: [self._checked(torch.as_tensor(pixels)) for pixels in processed[PIXELS]]}
+
+    def _checked(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.shape is not None and pixels.shape != self.shape:
+            raise UserError(
+                f"{self.origin} has images that become {in_words(self.shape)} and {in_words(pixels.shape)}, but all "
+                "have to be alike; write do_resize: true and a size into the model's preprocessor_config.json, or "
+                "bring the images to one size"
+            )
+        return pixels
+
+
+def in_words(shape: torch.Size) -> str:
+    """Return a shape such as ``3 x 224 x 224``.
+
+    >>> in_words(torch.Size([3, 8, 8]))
+    '3 x 8 x 8'
+    """
+    return " x ".join(map(str, shape))
 
 
 def as_array(image: Any, num_channels: int, origin: str = "the data") -> Array:

@@ -75,13 +75,26 @@ def load_model(auto_class: Any, arguments: ModelArguments, **options: Any) -> Pr
     options["dtype"] = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     if arguments.gguf_file is not None:
         options["quantization_config"] = GgufConfig(dequantize=True)
+    elif not arguments.pickled_weights:
+        options["use_safetensors"] = True
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
-    with user_errors(
-        f"model {name} cannot be loaded ({_options_of_name(arguments)})", (ValueError, OSError, ImportError)
-    ):
-        model: PreTrainedModel = auto_class.from_pretrained(resolve_model(name), **_hub_options(arguments), **options)
+    told = f"model {name} cannot be loaded ({_options_of_name(arguments)})"
+    with user_errors(told, (ValueError, OSError, ImportError)):
+        try:
+            model: PreTrainedModel = auto_class.from_pretrained(
+                resolve_model(name), **_hub_options(arguments), **options
+            )
+        except OSError as error:
+            raise OSError(f"{str(error).rstrip('.')}{_about_pickles(error, arguments)}") from error
     return model
+
+
+def _about_pickles(error: OSError, arguments: ModelArguments) -> str:
+    """How to go on where there are no weights in safetensors; empty if that is not what is missing."""
+    if arguments.pickled_weights or arguments.gguf_file is not None or ".safetensors" not in str(error):
+        return ""
+    return "; if its weights are in pytorch_model.bin, and you trust who made them, write pickled_weights: true"
 
 
 def _from_config(
@@ -126,6 +139,17 @@ def length_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None, opt
             f"{option} is {max_length}, but the model reads at most {readable} tokens; write a smaller number"
         )
     return max_length or (readable if readable < _NO_LIMIT else None)
+
+
+def has_head(config: PreTrainedConfig, ends: tuple[str, ...]) -> bool:
+    """Whether the checkpoint was saved with a head: by a class whose name ends in one of ``ends``."""
+    return any(name.endswith(ends) for name in getattr(config, "architectures", None) or ())
+
+
+def tell_new_head(arguments: ModelArguments, config: PreTrainedConfig, ends: tuple[str, ...], use: str) -> None:
+    """Say so if the head is new and the rest of the model is not: the untrained model then answers blindly."""
+    if arguments.config_name is None and not has_head(config, ends):
+        say(f"the model has no head that {use}; a new one is trained")
 
 
 def described(model: PreTrainedModel) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
+from hf_mbp.checkpoints import STATE, fault_of_state, last_checkpoint
 from hf_mbp.cli.errors import UserError, user_errors
 from hf_mbp.cli.sources import is_there
 
 RECIPE = "recipe.yaml"
 BEFORE_RESULTS = "eval_before_results.json"
+TRAIN_RESULTS = "train_results.json"
 # What a run writes beside model and tokenizer, which the next run replaces anyway.
-_RESULTS = (RECIPE, BEFORE_RESULTS, "train_results.json", "eval_results.json", "all_results.json", "trainer_state.json")
+_RESULTS = (RECIPE, BEFORE_RESULTS, TRAIN_RESULTS, "eval_results.json", "all_results.json", STATE)
 PLOTS = ("loss.png", "padding.png")
 CARD = "README.md"
 CARD_MARK = "<!-- This card was written by hf-mbp train. -->"
@@ -31,9 +31,15 @@ def refuse_other_run(folder: Path, *, overwrite: bool, resuming: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; name a folder")
     if found and not (overwrite or resuming):
+        can_go_on = any(path.name.startswith("checkpoint-") for path in found)
         raise UserError(
-            f"output_dir {folder} holds an earlier run ({found[0].name}); name another folder,"
-            " write --overwrite_output_dir to delete that run, or --resume_from_checkpoint last to go on with it"
+            f"output_dir {folder} holds an earlier run ({found[0].name}); name another folder, or write"
+            " --overwrite_output_dir to delete that run"
+            + (
+                ", or --resume_from_checkpoint last to go on with it"
+                if can_go_on
+                else "; it has no checkpoint to go on from"
+            )
         )
 
 
@@ -41,7 +47,7 @@ def delete_run(folder: Path) -> None:
     """Delete what an earlier run left in the folder; files that are not ours stay."""
     card = [folder / CARD] if has_own_card(folder) else []
     for path in (*_traces(folder), *(folder / name for name in PLOTS), *card):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():  # what a link points to is elsewhere, and not the run's
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
@@ -54,7 +60,7 @@ def has_own_card(folder: Path) -> bool:
 
 
 def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
-    """Return the checkpoint to go on from: ``true`` or ``last`` is the last one in the folder, anything else its path.
+    """Return the checkpoint to go on from: ``true`` or ``last`` is the last whole one in the folder, else its path.
 
     Raises:
         UserError: there is none.
@@ -62,14 +68,18 @@ def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
     if wanted is None or wanted.lower() in ("false", "none"):
         return None
     if wanted.lower() in ("true", "last"):
-        last: str | None = get_last_checkpoint(str(folder)) if is_there(folder) and folder.is_dir() else None
+        last = last_checkpoint(folder) if is_there(folder) else None
         if last is None:
-            raise UserError(f"resume_from_checkpoint is {wanted!r}, but output_dir {folder} has no checkpoint-* folder")
+            raise UserError(
+                f"resume_from_checkpoint is {wanted!r}, but output_dir {folder} has no whole checkpoint-* folder"
+            )
         return Path(last)
-    if not is_there(Path(wanted, "trainer_state.json")):
+    if not (is_there(Path(wanted)) and Path(wanted).is_dir()):
         raise UserError(
-            f"resume_from_checkpoint: {wanted} is not a checkpoint of the Trainer (it has no trainer_state.json)"
+            f"resume_from_checkpoint: there is no folder {wanted}; name a checkpoint-* folder, or write last"
         )
+    if fault := fault_of_state(Path(wanted)):
+        raise UserError(f"resume_from_checkpoint: {wanted} is not a whole checkpoint of the Trainer ({fault})")
     return Path(wanted)
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_mbp.cli.plan import Group, RunPlan, StepPlan
+from hf_mbp.cli.plan_groups import Group, StepPlan
+from hf_mbp.cli.run_plan import RunPlan
 from hf_mbp.memory import format_bytes
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _draw_step(axes: Axes, groups: Sequence[Group], title: str) -> None:
         axes.plot([0, group.width], [rows, rows], color="white", linewidth=1.2, solid_capstyle="butt")
     cells = sum(group.cells for group in groups)
     padding = 1 - sum(group.tokens for group in groups) / cells
-    axes.set_title(f"{title}\n{cells:,} cells, {padding:.1%} padding", fontsize=10)
+    axes.set_title(f"{title}\n{cells:,} cells, {padding:.1%} padding".replace("%", " %"), fontsize=10)
     axes.margins(0)
     axes.spines[["top", "right"]].set_visible(False)
 

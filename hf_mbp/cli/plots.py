@@ -41,6 +41,7 @@ def plot_loss(logs: Iterable[Log], before: Log, path: Path) -> bool:
         )
     axes[0].set(title="Loss", xlabel="optimizer step", ylabel="loss (nats)")
     axes[0].legend(frameon=False)
+    _whole_steps(axes[0])
     _save(figure, path)
     return True
 
@@ -92,13 +93,14 @@ def _draw_totals(axes: Axes, totals: PaddingTotals) -> None:
     axes.bar(names, [c - totals.tokens for c in cells], width=0.55, bottom=[totals.tokens] * 2, color=_ORANGE)
     for x, (total, fraction) in enumerate(zip(cells, (totals.fraction, totals.unsplit_fraction), strict=True)):
         axes.annotate(
-            f"{fraction:.1%} padding",
+            f"{fraction:.1%} padding".replace("%", " %"),
             (x, total),
             xytext=(0, 4),
             textcoords="offset points",
             ha="center",
             color=_INK,
             fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # or a grid line goes through it
         )
     axes.set(title="Cells of the whole run", ylabel="cells")
     axes.margins(y=0.12)
@@ -118,6 +120,12 @@ def _new_figure(columns: int) -> tuple[Figure, list[Axes]]:
         one.grid(axis="y", color=_GREY, alpha=0.25, linewidth=0.6)
         one.set_axisbelow(True)
     return figure, axes
+
+
+def _whole_steps(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _thousands(axes: Axes) -> None:

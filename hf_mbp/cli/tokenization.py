@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import BatchEncoding
 
 from hf_mbp.cli.errors import UserError, say
+from hf_mbp.cli.splits import Part, Splits
 from hf_mbp.collate import row_length
 from hf_mbp.row_lengths import known_lengths
 
@@ -22,22 +23,28 @@ class RowError(UserError):
     """A mistake in a row, told by what does not know which rows these are."""
 
 
+def encode_splits(splits: Splits, encode: Callable[[Part], Dataset]) -> tuple[Dataset, Dataset | None]:
+    """Return what ``encode`` makes of both splits; of evaluation rows, if there are any, the longest first."""
+    train, validation = splits.encoded(encode)
+    return train, None if validation is None else longest_first(validation)
+
+
 def encode_rows(
-    rows: Dataset,
+    part: Part,
     encode: Callable[[Batch], Batch],
     *,
-    name: str,
     limit: int | str | None,
     workers: int | None,
     option: str = "max_length",
 ) -> Dataset:
-    """Replace a data set's columns with those that ``encode`` returns, say how long the rows are and how many were cut.
+    """Replace the columns of rows with those that ``encode`` returns, say how long the rows are and how many were cut.
 
     ``encode`` may return fewer rows than it was given: those without anything to learn from. ``option`` sets the
     ``limit``, which is a number of tokens, or says in words what it is.
     """
     if not isinstance(limit, str):
         limit = f"{limit} tokens"
+    rows, name = part.rows, part.name
     try:
         encoded = rows.map(
             encode, batched=True, remove_columns=rows.column_names, num_proc=workers, desc=f"tokenizing {name} rows"

@@ -8,7 +8,7 @@ from typing import Any
 
 import trl
 
-from hf_mbp.cli.arguments import DataArguments, ModelArguments, RunArguments
+from hf_mbp.cli.arguments import DataArguments, KeepsNoToken, ModelArguments, RunArguments
 from hf_mbp.config import MBPConfig
 
 _OURS = frozenset(
@@ -31,7 +31,7 @@ def _without(name: str, config: type[Any], hidden_names: Iterable[str]) -> type[
     ]
     title = f"training (trl.{config.__name__})"
     namespace = {"_argument_group_name": title, "__module__": __name__}
-    return dataclasses.make_dataclass(name, hidden, bases=(config,), namespace=namespace)
+    return dataclasses.make_dataclass(name, hidden, bases=(KeepsNoToken, config), namespace=namespace)
 
 
 SFTArguments = _without("SFTArguments", trl.SFTConfig, _OURS.union(_LOADING, _SFT_LOADING))

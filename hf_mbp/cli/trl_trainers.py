@@ -22,7 +22,7 @@ class WholeEvaluation(MBPMixin):
     """Puts the loss and the metrics of the evaluation batches together, by what each is a mean over.
 
     TRL takes the mean of the batches' means, each with the same weight, and names them ``eval_`` also where the
-    evaluation has another name.
+    evaluation has another name. On several processes the rows that fill up the last batches count once more, as in TRL.
     """
 
     def evaluation_loop(
@@ -77,6 +77,11 @@ class InstructionTrainer(WritesCard, WholeEvaluation, trl.SFTTrainer):
 
 class PreferenceTrainer(WritesCard, WholeEvaluation, TokenizedRows, trl.DPOTrainer):
     """Takes rows of ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``."""
+
+
+def without_adapters(model: Any) -> Any:
+    """Return the model as TRL takes it, which puts in adapters itself; one without weights comes with them."""
+    return model.unload() if hasattr(model, "peft_config") else model
 
 
 def lora_config(arguments: ModelArguments) -> Any:

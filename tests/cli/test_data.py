@@ -12,8 +12,9 @@ from datasets import Dataset, DatasetDict
 
 from hf_mbp.cli import data
 from hf_mbp.cli.arguments import DataArguments
-from hf_mbp.cli.data import Splits, load_file, load_splits, require_columns
+from hf_mbp.cli.data import load_file, load_splits
 from hf_mbp.cli.errors import UserError
+from hf_mbp.cli.splits import Splits, require_columns
 
 ROWS = [{"text": "one, two", "label": 1}, {"text": "three", "label": 0}, {"text": 'fo"ur', "label": 1}]
 JSON_LINES = b'{"text": "one, two", "label": 1}\n{"text": "three", "label": 0}\n{"text": "fo\\"ur", "label": 1}\n'
@@ -58,6 +59,12 @@ def test_lines_of_text(tmp_path: Path) -> None:
         ("rows", b"x", "rows: unknown kind of file"),
         ("rows.gz", b"x", "rows.gz: unknown kind of file"),
         ("rows.csv", b"", "rows.csv is empty"),
+        (
+            "rows.csv",
+            b'text;label\na, b, c;x\n"d";y\ne;f,g,h,i;z\n',
+            "rows.csv cannot be read as csv: .*UTF-8, with commas",
+        ),
+        ("rows.csv", b"text,label\ngr\xfcn,x\n", "rows.csv cannot be read as csv: .*0xfc.*UTF-8, with commas"),
         ("rows.jsonl", b'{"a": \n', "rows.jsonl cannot be read as json: "),
         ("rows.jsonl", b'{"a": "\xab\xcd"}\n', "rows.jsonl cannot be read as json: .*UTF8"),
         ("rows.parquet", b"not parquet", "rows.parquet cannot be read as parquet: .*[Pp]arquet"),

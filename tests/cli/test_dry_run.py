@@ -9,8 +9,8 @@ import torch
 
 from hf_mbp.cli import dry_run as dry_run_module
 from hf_mbp.cli.finetune import finetune, main, make_trainer, prepare
-from hf_mbp.cli.plan import plan_run
 from hf_mbp.cli.recipe import dump_recipe, read_recipe
+from hf_mbp.cli.run_plan import plan_run
 from hf_mbp.cli.trainers import FinetuneTrainer
 
 
@@ -46,8 +46,8 @@ def test_weights_are_not_read_and_not_trained(recipe: Callable[..., Path], monke
     [
         ({"text_column": "body"}, "has no column 'body'"),
         ({"eval_strategy": "steps", "validation_file": None}, "the trainer refuses: "),
-        ({"memory_limit": "1KiB"}, "weights, gradients and optimizer states alone take"),
-        ({"resume_from_checkpoint": True}, "has no checkpoint-* folder"),
+        ({"memory_limit": "1KiB"}, "weights, gradients, optimizer states and libraries alone take"),
+        ({"resume_from_checkpoint": True}, "has no whole checkpoint-* folder"),
     ],
 )
 def test_mistakes_are_found(

@@ -13,8 +13,8 @@ from transformers import AutoModel, AutoTokenizer, EvalPrediction
 from hf_mbp.cli import check, finetune
 from hf_mbp.cli.embedding_trainer import PairCollator, retrieval_metrics
 from hf_mbp.cli.errors import UserError
-from hf_mbp.cli.plan import plan_run
 from hf_mbp.cli.recipe import read_recipe
+from hf_mbp.cli.run_plan import plan_run
 from tests.cli.conftest import WORDS
 from tests.cli.test_tasks import prepare
 

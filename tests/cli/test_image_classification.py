@@ -14,10 +14,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 
 from hf_mbp.cli import check, plan
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits
 from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.finetune import main
 from hf_mbp.cli.models import load_config
+from hf_mbp.cli.splits import Splits
 from hf_mbp.cli.tasks import TASKS, load_processor
 from hf_mbp.cli.tasks.base import TaskSetup
 
@@ -133,7 +133,7 @@ def test_plan_and_check(image_recipe: Callable[..., Path], capsys: pytest.Captur
     [
         ({"image_column": "photo"}, "has no column 'photo' (option image_column); its columns are image, label"),
         ({"label_column": "name"}, "has no column 'name' (option label_column)"),
-        ({"train_file": "nothing"}, "no file nothing; looked in"),
+        ({"train_file": "nothing"}, "no file nothing (train_file, validation_file); looked in"),
         ({"train_file": "empty"}, "/empty cannot be read as images"),
         ({"config_name": "/no/such"}, "model /no/such cannot be loaded"),
         ({"config_name": None}, "model_name_or_path is missing"),
@@ -157,6 +157,40 @@ def test_mistakes_are_told_in_one_line(
 def test_a_model_without_an_image_processor(image_recipe: Callable[..., Path], encoder: Path) -> None:
     with pytest.raises(UserError, match=f"image processor of {encoder} cannot be loaded"):
         load_processor("image_classification", ModelArguments(model_name_or_path=str(encoder)), None)
+
+
+def with_processor(image_model: Path, folder: Path, **changes: Any) -> Path:
+    """The same model with another image processor."""
+    folder.mkdir()
+    (folder / "config.json").write_text((image_model / "config.json").read_text())
+    processor = json.loads((image_model / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps({**processor, **changes}))
+    return folder
+
+
+def test_images_of_a_size_that_the_model_does_not_take(
+    image_recipe: Callable[..., Path], image_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = with_processor(image_model, tmp_path / "other", size={"height": 12, "width": 12})
+    for words in ([], ["--dry_run"]):
+        assert main([str(image_recipe(config_name=str(model))), *words]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert "column 'image', has images that become 3 x 12 x 12, which ViTForImageClassification does not" in line
+        assert "Input image size (12*12) doesn't match model (8*8). Write a size for it" in line
+
+
+def test_the_model_is_as_it_was_after_an_image_was_tried(image_model: Path) -> None:
+    assert prepare(pictures(2), config_name=str(image_model)).model.training
+
+
+def test_images_of_unlike_sizes(image_model: Path, tmp_path: Path) -> None:
+    model = with_processor(image_model, tmp_path / "other", do_resize=False)
+    small = {"picture": picture(0, 0), "kind": "dark"}
+    large = {"picture": np.zeros((9, 9), dtype=int).tolist(), "kind": "bright"}
+    rows = prepare(Dataset.from_list([small, large]), config_name=str(model)).train
+    assert rows[0]["pixel_values"].shape == (3, 8, 8)
+    with pytest.raises(UserError, match=r"column 'picture', has images that become 3 x 8 x 8 and 3 x 9 x 9, but all"):
+        rows[:2]
 
 
 def test_what_is_no_image_is_named_with_its_column(image_model: Path) -> None:

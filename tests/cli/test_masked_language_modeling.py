@@ -20,8 +20,8 @@ from transformers import (
 
 from hf_mbp.cli import check, finetune
 from hf_mbp.cli.errors import UserError
-from hf_mbp.cli.plan import plan_run
 from hf_mbp.cli.recipe import read_recipe
+from hf_mbp.cli.run_plan import plan_run
 from hf_mbp.cli.tasks.masked_language_modeling import choose_hidden, compute_metrics, sum_hidden
 from tests.cli.test_tasks import prepare
 
@@ -113,6 +113,8 @@ class TestHead:
     def test_a_new_one_is_told(self, masker: Path, capsys: pytest.CaptureFixture[str]) -> None:
         prepare(TASK, masker, ROWS)
         assert self.SAID in capsys.readouterr().out
+        prepare(TASK, masker, ROWS, random_weights=True)
+        assert self.SAID not in capsys.readouterr().out
 
     def test_one_that_is_there_is_kept(self, masker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         head = BertForMaskedLM(BertConfig.from_pretrained(masker))

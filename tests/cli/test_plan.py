@@ -9,9 +9,13 @@ import torch
 
 from hf_mbp.cli import plan as plan_module
 from hf_mbp.cli.arguments import ModelShape
+from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.models import load_model
-from hf_mbp.cli.plan import Group, RunPlan, as_text, main, plan_run
+from hf_mbp.cli.plan import main
+from hf_mbp.cli.plan_groups import Group
+from hf_mbp.cli.plan_text import as_text
 from hf_mbp.cli.recipe import read_recipe
+from hf_mbp.cli.run_plan import RunPlan, plan_run
 
 CPU = torch.device("cpu")
 
@@ -57,7 +61,17 @@ def test_modelled_speed_is_the_cost_of_the_planner(plan: RunPlan) -> None:
     assert plan.speedup == pytest.approx(time(plan.groups(plain=True)) / time(plan.groups()))
 
 
-def test_memory_limit_makes_the_budget(recipe: Callable[..., Path]) -> None:
+def test_on_a_cpu_the_limit_counts_what_the_process_holds(
+    recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in training, where the limit is of all that the process holds: else a plan would fit that does not run."""
+    monkeypatch.setattr("hf_mbp.memory.used_memory", lambda device: 10**9)
+    with pytest.raises(UserError, match=r"memory_limit is 900\.0 MiB, but .* and libraries alone take 9"):
+        plan_run(read_recipe([str(recipe()), "--memory_limit", "900MiB"]), CPU)
+
+
+def test_memory_limit_makes_the_budget(recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_mbp.memory.used_memory", lambda device: 0)
     file = str(recipe(per_device_train_batch_size=40))
     wide = plan_run(read_recipe([file, "--memory_limit", "64MiB"]), CPU)
     resident = wide.memory.resident_bytes
@@ -107,7 +121,7 @@ def test_no_weights_are_read(recipe: Callable[..., Path], encoder: Path) -> None
         (["--device", "tpu"], "--device is 'tpu'; write cpu or cuda"),
         (["--output", "plan.txt"], "--output is 'plan.txt'; write a name that ends in .png"),
         (["--output", "nowhere/plan.png"], "nowhere/plan.png"),
-        (["--memory_limit", "1kiB"], "weights, gradients and optimizer states alone take"),
+        (["--memory_limit", "1kiB"], "weights, gradients, optimizer states and libraries alone take"),
         (["--memory_limits", "1GiB"], "did you mean memory_limit"),
         (["--device", "cuda"], "write the size of the one to plan for, such as --memory_limit 24GiB"),
     ],

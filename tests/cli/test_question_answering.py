@@ -15,8 +15,8 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer, EvalPredi
 from hf_mbp.cli import check, finetune
 from hf_mbp.cli.answers import answer_f1, exact_match
 from hf_mbp.cli.errors import UserError
-from hf_mbp.cli.plan import plan_run
 from hf_mbp.cli.recipe import read_recipe
+from hf_mbp.cli.run_plan import plan_run
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.question_answering import AnswerMetrics, best_span, find_answer, start_and_end_logits
 from tests.cli import test_tasks
@@ -86,6 +86,16 @@ class TestWindows:
         assert batch["start_positions"].tolist() == [4, 5]
 
 
+def test_a_new_head_is_told_of(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = "the model has no head that tells where an answer is; a new one is trained"
+    prepare(encoder, [asked("a", "a")]).model.save_pretrained(tmp_path / "trained")
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "trained")
+    assert told in capsys.readouterr().out
+    prepare(tmp_path / "trained", [asked("a", "a")])
+    prepare(encoder, [asked("a", "a")], random_weights=True)
+    assert told not in capsys.readouterr().out
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("answers", "message"),
@@ -99,14 +109,13 @@ class TestMistakes:
             ({"text": ["a"], "answer_start": ["0"]}, "texts, and as many numbers"),
             ({"text": [7], "answer_start": [0]}, "texts, and as many numbers"),
             ("a", "row 0 is 'a', but must be"),
-            (None, "row 0 is None, but must be"),
         ],
     )
     def test_answers(self, encoder: Path, answers: Any, message: str) -> None:
         rows = Dataset.from_list([{"question": "x", "context": "a", "answers": answers}])
         with pytest.raises(UserError, match=message) as caught:
             prepare(encoder, rows)
-        assert str(caught.value).startswith("train.x, column 'answers': row 0")
+        assert str(caught.value).startswith("train rows: train.x, column 'answers': row 0")
 
     def test_the_row_is_counted_from_the_first(self, encoder: Path) -> None:
         rows = [*[asked("a", "a")] * 1500, asked("a", "b", start=0)]
@@ -239,3 +248,18 @@ def test_check_and_plan_know_the_task(answer_recipe: Callable[..., Path], capsys
     plan = plan_run(read_recipe([file, "--max_tokens_per_micro_batch", "64"]), torch.device("cpu"))
     assert max(plan.lengths) == 20
     assert min(plan.lengths) == 4 + (6 - 1) + 1  # the last window of 16 words has one word that the first has not
+
+
+@pytest.mark.parametrize("collate_in", ["main", "workers"])
+def test_the_plan_is_what_a_run_does(answer_recipe: Callable[..., Path], collate_in: str) -> None:
+    """All windows are one mini-batch, so that it does not matter in which order they come."""
+    keys = {"per_device_train_batch_size": 39, "gradient_accumulation_steps": 2, "max_steps": 1}
+    file = str(answer_recipe(collate_in=collate_in, max_tokens_per_micro_batch=130, **keys))
+    (step,) = plan_run(read_recipe([file]), torch.device("cpu")).steps
+    trainer = finetune.build_trainer(read_recipe([file]))
+    assert len(trainer.train_dataset) == 2 * 39
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "mbp_cells" in log)
+    assert log["mbp_cells"] == sum(group.cells for group in step.split) == 2 * 39 * 20
+    assert log["mbp_micro_batches"] == len(step.split)
+    assert log["mbp_tokens"] == sum(group.tokens for group in step.split) < 2 * 39 * 20

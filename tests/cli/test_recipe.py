@@ -207,6 +207,6 @@ def test_every_recipe_is_valid(file: Path) -> None:
     read = read_recipe([str(file), "--use_cpu"])
     assert set(yaml.safe_load(file.read_text())) <= set(read.given)
     assert read.data.train_file is None or (file.parent / read.data.train_file).is_file()
-    assert read.train.per_device_train_batch_size >= 32
+    assert read.train.per_device_train_batch_size >= 16
     assert read.train.gradient_accumulation_steps == 1
     assert read.model.config_name is None or Path(read.model.config_name, "config.json").is_file()

@@ -13,12 +13,12 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, EvalPrediction, G
 
 from hf_mbp.cli import check
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits
 from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.finetune import main
 from hf_mbp.cli.models import load_config, load_tokenizer
-from hf_mbp.cli.plan import plan_run
 from hf_mbp.cli.recipe import read_recipe
+from hf_mbp.cli.run_plan import plan_run
+from hf_mbp.cli.splits import Splits
 from hf_mbp.cli.tasks import TASKS
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.sequence_to_sequence import metrics_with, tokens_or_sums
@@ -108,7 +108,7 @@ class TestRows:
             ({"source": "a"}, r"no column 'target' \(option target_column\); its columns are source"),
             ({"target": "a"}, r"no column 'source' \(option source_column\); its columns are target"),
             ({"source": "a", "target": 3}, "column 'target' must hold text, but has 3"),
-            ({"source": None, "target": "a"}, "column 'source' must hold text, but has None"),
+            ({"source": None, "target": "a"}, r"column 'source' \(option source_column\): 1 of \d+ rows are empty"),
         ],
     )
     def test_mistakes(self, byte_model: Path, given: dict[str, Any], message: str) -> None:

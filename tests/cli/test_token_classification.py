@@ -14,8 +14,8 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, EvalPre
 
 from hf_mbp.cli import check, finetune
 from hf_mbp.cli.errors import UserError
-from hf_mbp.cli.plan import plan_run
 from hf_mbp.cli.recipe import read_recipe
+from hf_mbp.cli.run_plan import plan_run
 from hf_mbp.cli.tasks.token_classification import TagMetrics, label_tokens
 from tests.cli.test_tasks import prepare
 
@@ -84,6 +84,8 @@ class TestLabels:
         with pytest.raises(UserError, match=r"tags', has labels that the model .*new_head.* does not have: 'P', 'Q'"):
             prepare(TASK, tmp_path / "trained", others)
         assert prepare(TASK, tmp_path / "trained", others, new_head=True).model.config.num_labels == 2
+        new = prepare(TASK, tmp_path / "trained", others, random_weights=True).model
+        assert new.config.id2label == {0: "P", 1: "Q"}
 
     def test_rows_are_cut_and_those_without_words_left_out(
         self, encoder: Path, capsys: pytest.CaptureFixture[str]
@@ -101,7 +103,7 @@ class TestMistakes:
             ([{"tags": ["X"]}], r"train.x has no column 'words' \(option words_column\); its columns are tags"),
             ([{"words": "a b", "tags": ["X"]}], r"'words' \(option words_column\): row 0 is 'a b', but must be a list"),
             ([{"words": ["a"], "tags": [0.5]}], r"row 0 is \[0.5\], but must be a list of names or integers"),
-            ([{"words": ["a"], "tags": None}], "row 0 is None, but must be a list of names or integers"),
+            ([{"words": ["a"], "tags": None}], r"column .tags. \(option tags_column\): 1 of 1 rows are empty"),
             ([*ROWS, {"words": ["a"], "tags": []}], r"row 2 has 1 words \('words'\) and 0 tags \('tags'\)"),
             ([{"words": ["a"], "tags": ["X"]}], "all rows have the label 'X'; nothing to tell apart"),
             ([{"words": [], "tags": []}], "train.x, column 'tags': there is no tag"),

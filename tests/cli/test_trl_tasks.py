@@ -3,6 +3,10 @@
 import importlib.util
 import json
 import math
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,21 +17,24 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_mbp.cli import check, plan
+from hf_mbp.cli import check
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits
 from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.finetune import build_trainer, main
 from hf_mbp.cli.models import load_config, load_tokenizer
 from hf_mbp.cli.recipe import find_task_name, read_recipe
+from hf_mbp.cli.run_plan import plan_run
+from hf_mbp.cli.splits import Splits
 from hf_mbp.cli.tasks import TASKS
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.preference_tuning import other_answers
+from hf_mbp.cli.training_arguments import TRL_TASKS, training_arguments
 
 pytestmark = [
     # TRL uses old names of transformers, and PEFT looks for a configuration to compare with.
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
 ]
+ROOT = Path(__file__).parents[2]
 LETTERS = "abcdefghijklmnop"
 
 
@@ -270,7 +277,8 @@ def test_another_rows_answer_is_as_long_and_the_same_each_time() -> None:
         ),
         ({}, {**TEXTS, "rejected_column": "none"}, r"no column 'none' \(option rejected_column\)"),
         ({}, WHOLE, "has no question before it; write prompt_column"),
-        ({"no": None}, TEXTS, "must hold texts, or conversations .* but one has None"),
+        ({"no": None}, TEXTS, r"column 'no' \(option rejected_column\): 1 of 1 rows are empty"),
+        ({"no": 3}, TEXTS, "must hold texts, or conversations .* but one has 3"),
         ({"yes": [said("user", "a")]}, TEXTS, "must be alike up to the last message"),
         ({"yes": [said("user", "b"), said("assistant", "a")]}, TEXTS, "must be alike up to the last message"),
         (
@@ -296,6 +304,31 @@ def test_a_model_without_a_chat_template(encoder: Path) -> None:
         prepare(encoder, [{"q": "a", "yes": "b", "no": "c"}], **TEXTS)
 
 
+# Two processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_two_processes_report_what_one_does(task: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """With the same 16 rows in each step, and 20 for the evaluation, which fill its batches."""
+    samples = {"max_train_samples": 16, "max_eval_samples": 20}
+    keys = {"max_steps": 2, "learning_rate": 0.03, **samples, **LORA}
+    write = request.getfixturevalue(task)
+    assert main([str(write(output_dir=str(tmp_path / "one"), **keys))]) == 0
+    recipe = write(output_dir=str(tmp_path / "two"), per_device_train_batch_size=8, **keys)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")}
+    command = [*launch, "-m", "hf_mbp.cli", "train", str(recipe)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    one, two = results_of(tmp_path / "one"), results_of(tmp_path / "two")
+    metrics = [key for key in one if is_metric(key)]
+    assert len(metrics) >= 6
+    assert {key: two[key] for key in metrics} == pytest.approx({key: one[key] for key in metrics}, rel=1e-4)
+    assert two["mbp_tokens"] == one["mbp_tokens"]
+    assert abs(one["eval_loss"] - one["eval_before_loss"]) > 0.01
+
+
 # The other scripts
 
 
@@ -308,19 +341,31 @@ def test_check(
         assert "\nexact: micro-batches give the gradient of the whole batch\n" in capsys.readouterr().out
 
 
+def test_dry_run_of_adapters(
+    sft: Callable[..., Path], dpo: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trainer takes the model without them; the plan is that of the model with them."""
+    for write in (sft, dpo):
+        assert main([str(write(dry_run=True, **LORA))]) == 0
+        out = capsys.readouterr().out
+        assert "of which 384 are trained" in out  # 3 x (4 x 16 + 16 x 4)
+        assert "first step           16 rows in" in out
+    assert not (tmp_path / "run").exists()
+
+
 def test_plan(sft: Callable[..., Path], dpo: Callable[..., Path]) -> None:
     cpu = torch.device("cpu")
     plain, adapted = (
-        plan.plan_run(read_recipe([str(sft(**adapters)), "--memory_limit", "1GiB"]), cpu) for adapters in ({}, LORA)
+        plan_run(read_recipe([str(sft(**adapters)), "--memory_limit", "1GiB"]), cpu) for adapters in ({}, LORA)
     )
     lengths = [8 + 2 + i % 9 for i in range(23)]  # the question and its template, the answer
     assert plain.lengths.tolist() == adapted.lengths.tolist() == lengths
     assert adapted.largest[1].optimizer_bytes < 0.5 * plain.largest[1].optimizer_bytes
-    packed = plan.plan_run(read_recipe([str(sft(packing=True, max_length=48)), "--memory_limit", "1GiB"]), cpu)
+    packed = plan_run(read_recipe([str(sft(packing=True, max_length=48)), "--memory_limit", "1GiB"]), cpu)
     assert max(packed.lengths) <= 48
     assert sum(packed.lengths) == sum(lengths)
     pairs, paired_adapters = (
-        plan.plan_run(read_recipe([str(dpo(**adapters)), "--memory_limit", "1GiB"]), cpu) for adapters in ({}, LORA)
+        plan_run(read_recipe([str(dpo(**adapters)), "--memory_limit", "1GiB"]), cpu) for adapters in ({}, LORA)
     )
     assert pairs.lengths.tolist() == [2 * (8 + max(2 + i % 9, 2 + 3 * i % 9)) for i in range(23)]
     # the reference is a second model, that of adapters is the same
@@ -397,3 +442,11 @@ def test_help_of_a_task(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--beta" in text
     assert main(["--help"]) == 0
     assert "--beta" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", TRL_TASKS)
+def test_the_arguments_are_pickled_without_the_token(task: str, tmp_path: Path) -> None:
+    token = "hf_only_for_this_test"  # noqa: S105 - of nobody
+    arguments = training_arguments(task)(str(tmp_path), hub_token=token, use_cpu=True)
+    assert arguments.hub_token == token
+    assert token.encode() not in pickle.dumps(arguments)

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits
+from hf_mbp.cli.splits import Splits
 from hf_mbp.cli.trainers import FinetuneTrainer
 
 

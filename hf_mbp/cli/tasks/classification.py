@@ -12,10 +12,10 @@ from datasets import ClassLabel, Dataset, Value
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel
 
 from hf_mbp.cli.arguments import ModelArguments
-from hf_mbp.cli.data import Splits
 from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.metrics import Accuracy, MacroF1, cross_entropy
-from hf_mbp.cli.models import load_model
+from hf_mbp.cli.models import has_head, load_model
+from hf_mbp.cli.splits import Splits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,9 @@ class Labels:
 
     names: tuple[str, ...]
     origin: str
+
+    def __str__(self) -> str:
+        return f"labels: {len(self.names):,}, those of {self.origin}: {_listed(self.names)}"
 
     def ids(self, values: Iterable[Any], where: str) -> list[int]:
         """Return the class id of each value.
@@ -79,8 +82,7 @@ def choose_labels(
     Raises:
         UserError: there is one value only.
     """
-    architectures = getattr(config, "architectures", None) or ()
-    if not new_head and any(name.endswith(head) for name in architectures):
+    if not new_head and has_head(config, (head,)):
         names = tuple(name for _, name in sorted((config.id2label or {}).items()))
         return Labels(names=names, origin="the model (to start a new head: new_head)")
     if isinstance(feature, ClassLabel):

@@ -8,9 +8,9 @@ from datasets import Dataset
 from transformers import AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits, require_columns
 from hf_mbp.cli.embedding_trainer import SIDES, Embedder, EmbeddingTrainer, PairCollator, retrieval_metrics
 from hf_mbp.cli.models import length_limit, load_model
+from hf_mbp.cli.splits import Part, Splits, require_columns
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tokenization import CUT, Batch, encode_rows, rows_cut, texts
 
@@ -25,10 +25,7 @@ def prepare(
     """Tokenize both sides, load a model without a head."""
     columns = {f"{side}_column": getattr(data_arguments, f"{side}_column") for side in SIDES}
     require_columns(splits, columns)
-    train = _encode(splits.train, "train", tokenizer, data_arguments)
-    validation = None
-    if splits.validation is not None:
-        validation = _encode(splits.validation, "validation", tokenizer, data_arguments)
+    train, validation = splits.encoded(partial(_encode, tokenizer=tokenizer, arguments=data_arguments))
     model = load_model(AutoModel, model_arguments)
     pooler = getattr(model, "pooler", None)
     if pooler is not None:  # not part of the embedding; several processes refuse what gets no gradient
@@ -45,7 +42,7 @@ def prepare(
     )
 
 
-def _encode(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
+def _encode(part: Part, *, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
     limit = length_limit(tokenizer, arguments.max_length)
 
     def encode(batch: Batch) -> Batch:
@@ -62,4 +59,4 @@ def _encode(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, argume
         was_cut = [any(cut) for cut in zip(*(rows_cut(side, limit) for side in sides.values()), strict=True)]
         return {**{f"{side}_input_ids": encoded["input_ids"] for side, encoded in sides.items()}, CUT: was_cut}
 
-    return encode_rows(rows, encode, name=name, limit=limit, workers=arguments.preprocessing_num_workers)
+    return encode_rows(part, encode, limit=limit, workers=arguments.preprocessing_num_workers)

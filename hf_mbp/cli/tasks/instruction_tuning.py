@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits
 from hf_mbp.cli.models import with_adapters
+from hf_mbp.cli.splits import Splits
 from hf_mbp.cli.tasks import language_modeling
 from hf_mbp.cli.tasks.base import TaskSetup
 
@@ -27,24 +27,19 @@ def prepare(
 
     setup = language_modeling.prepare(splits, tokenizer, config, model_arguments, data_arguments)
     adapters = lora_config(model_arguments)
-    model = with_adapters(setup.model, model_arguments, adapters)
     return replace(
         setup,
-        model=model,
+        model=with_adapters(setup.model, model_arguments, adapters),
         collator=None,
         compute_metrics=None,
         preprocess_logits_for_metrics=None,
-        make_trainer=partial(
-            make_trainer,
-            max_length=data_arguments.max_length,
-            peft_config=adapters if model is setup.model else None,  # else it has them
-        ),
+        make_trainer=partial(make_trainer, max_length=data_arguments.max_length, peft_config=adapters),
     )
 
 
-def make_trainer(*, args: Any, max_length: int | None, **options: Any) -> Any:
+def make_trainer(*, model: Any, args: Any, max_length: int | None, **options: Any) -> Any:
     """Return the trainer."""
-    from hf_mbp.cli.trl_trainers import InstructionTrainer
+    from hf_mbp.cli.trl_trainers import InstructionTrainer, without_adapters
 
     args.max_length = max_length if args.packing else None  # rows are cut already
-    return InstructionTrainer(args=args, **options)
+    return InstructionTrainer(model=without_adapters(model), args=args, **options)

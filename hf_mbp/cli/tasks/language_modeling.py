@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,12 @@ from transformers import (
 )
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits, require_columns
 from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.metrics import Perplexity
 from hf_mbp.cli.models import length_limit, load_model
+from hf_mbp.cli.splits import Part, Splits, require_columns
 from hf_mbp.cli.tasks.base import TaskSetup
-from hf_mbp.cli.tokenization import CUT, Batch, RowError, encode_rows, longest_first, texts
+from hf_mbp.cli.tokenization import CUT, Batch, RowError, encode_rows, encode_splits, texts
 
 # What the loss of transformers leaves out.
 IGNORED = -100
@@ -46,10 +47,7 @@ def prepare(
             f"the tokenizer of {model_arguments.model_name_or_path} has no chat template for conversations;"
             " use an instruction-tuned model, or plain text (text_column)"
         )
-    train = _encode(splits.train, "train", tokenizer, data_arguments)
-    validation = None
-    if splits.validation is not None:
-        validation = longest_first(_encode(splits.validation, "validation", tokenizer, data_arguments))
+    train, validation = encode_splits(splits, partial(_encode, tokenizer=tokenizer, arguments=data_arguments))
     model = load_model(AutoModelForCausalLM, model_arguments)
     model.config.pad_token_id = tokenizer.pad_token_id
     return TaskSetup(
@@ -72,7 +70,7 @@ def _columns(arguments: DataArguments) -> dict[str, str | None]:
     return {"text_column": arguments.text_column}
 
 
-def _encode(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
+def _encode(part: Part, *, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
     limit = length_limit(tokenizer, arguments.max_length)
     encode_batch = _encoder(tokenizer, arguments)
 
@@ -85,7 +83,7 @@ def _encode(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, argume
                 result[CUT].append(limit is not None and len(ids) > limit)
         return result
 
-    return encode_rows(rows, encode, name=name, limit=limit, workers=arguments.preprocessing_num_workers)
+    return encode_rows(part, encode, limit=limit, workers=arguments.preprocessing_num_workers)
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Callable[[Batch], Iterator[Encoded]]:

@@ -19,12 +19,12 @@ from transformers import (
 )
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits, require_columns
-from hf_mbp.cli.errors import UserError, say
+from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.metrics import Perplexity
-from hf_mbp.cli.models import length_limit, load_model
+from hf_mbp.cli.models import length_limit, load_model, tell_new_head
+from hf_mbp.cli.splits import Part, Splits, require_columns
 from hf_mbp.cli.tasks.base import TaskSetup
-from hf_mbp.cli.tokenization import CUT, Batch, encode_rows, longest_first, rows_cut, texts
+from hf_mbp.cli.tokenization import CUT, Batch, encode_rows, encode_splits, rows_cut, texts
 
 # What the loss of transformers leaves out.
 IGNORED = -100
@@ -46,14 +46,14 @@ def prepare(
             f"the tokenizer of {model_arguments.model_name_or_path} has no mask token; use an encoder such as BERT, or"
             " task language_modeling"
         )
-    if not any(name.endswith(_HEADS) for name in getattr(config, "architectures", None) or ()):
-        say("the model has no head that predicts masked tokens; a new one is trained")
+    tell_new_head(model_arguments, config, _HEADS, "predicts masked tokens")
     share = data_arguments.mlm_probability
-    train = _encode(splits.train, "train", tokenizer, data_arguments)
-    validation = None
-    if splits.validation is not None:
-        encoded = _encode(splits.validation, "validation", tokenizer, data_arguments)
-        validation = longest_first(hide_tokens(encoded, tokenizer, share))
+
+    def encode(part: Part) -> Dataset:
+        encoded = _encode(part, tokenizer=tokenizer, arguments=data_arguments)
+        return hide_tokens(encoded, tokenizer, share) if part.name == "validation" else encoded
+
+    train, validation = encode_splits(splits, encode)
     return TaskSetup(
         model=load_model(AutoModelForMaskedLM, model_arguments),
         train=train,
@@ -64,7 +64,7 @@ def prepare(
     )
 
 
-def _encode(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
+def _encode(part: Part, *, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
     limit = length_limit(tokenizer, arguments.max_length)
 
     def encode(batch: Batch) -> Batch:
@@ -80,7 +80,7 @@ def _encode(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, argume
         )
         return {"input_ids": encoded["input_ids"], CUT: rows_cut(encoded, limit)}
 
-    return encode_rows(rows, encode, name=name, limit=limit, workers=arguments.preprocessing_num_workers)
+    return encode_rows(part, encode, limit=limit, workers=arguments.preprocessing_num_workers)
 
 
 def hide_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase, share: float) -> Dataset:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits, require_columns
 from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.models import length_limit, load_model, with_adapters
+from hf_mbp.cli.splits import Part, Splits, require_columns
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.language_modeling import Messages, encode_piece, split_conversation
-from hf_mbp.cli.tokenization import CUT, Batch, encode_rows, longest_first
+from hf_mbp.cli.tokenization import CUT, Batch, encode_rows, encode_splits
 
 # Of the rows sorted by length, how far away the other row is at most.
 NEIGHBOURS = 5
@@ -42,11 +41,7 @@ def prepare(
             f"the tokenizer of {model_arguments.model_name_or_path} has no chat template for conversations;"
             " use an instruction-tuned model"
         )
-    train = _encode(splits.train, "train", splits.train_origin, tokenizer, data_arguments)
-    validation = None
-    if splits.validation is not None:
-        encoded = _encode(splits.validation, "validation", splits.validation_origin, tokenizer, data_arguments)
-        validation = longest_first(encoded)
+    train, validation = encode_splits(splits, partial(_encode, tokenizer=tokenizer, arguments=data_arguments))
     adapters = lora_config(model_arguments)
 
     def load() -> PreTrainedModel:
@@ -55,31 +50,23 @@ def prepare(
         return model
 
     reference = load if adapters is None else None  # else it is the model without its adapters
-    base = load()
-    model = with_adapters(base, model_arguments, adapters)
     return TaskSetup(
-        model=model,
+        model=with_adapters(load(), model_arguments, adapters),
         train=train,
         validation=validation,
-        make_trainer=partial(
-            make_trainer,
-            reference=reference,
-            peft_config=adapters if model is base else None,  # else it has them
-        ),
+        make_trainer=partial(make_trainer, reference=reference, peft_config=adapters),
         rows_each=2,
         reference=reference,
     )
 
 
-def make_trainer(*, args: Any, reference: Any, **options: Any) -> Any:
+def make_trainer(*, model: Any, args: Any, reference: Any, **options: Any) -> Any:
     """Return the trainer; the model that it compares with is loaded if it will be needed during training."""
-    from hf_mbp.cli.trl_trainers import PreferenceTrainer
+    from hf_mbp.cli.trl_trainers import PreferenceTrainer, without_adapters
 
     needs_it = reference is not None and not args.precompute_ref_log_probs
-    # TRL copies the adapters of a model that has them, which in a dry run have no memory to copy
-    where = torch.device("meta") if options["model"].device.type == "meta" else nullcontext()
-    with where:
-        return PreferenceTrainer(args=args, ref_model=reference() if needs_it else None, **options)
+    reference_model = reference() if needs_it else None
+    return PreferenceTrainer(model=without_adapters(model), args=args, ref_model=reference_model, **options)
 
 
 def _check_columns(splits: Splits, arguments: DataArguments) -> None:
@@ -96,10 +83,9 @@ def _check_columns(splits: Splits, arguments: DataArguments) -> None:
     require_columns(splits, {option: getattr(arguments, option) for option in options})
 
 
-def _encode(
-    rows: Dataset, name: str, origin: str, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments
-) -> Dataset:
+def _encode(part: Part, *, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
     limit = length_limit(tokenizer, arguments.max_length)
+    rows, origin = part.rows, part.origin
     if arguments.rejected_from_other_rows:
         answers = rows[str(arguments.chosen_column)][:]
         rows = rows.add_column(_OTHER, other_answers(answers, origin))
@@ -116,7 +102,7 @@ def _encode(
                 result[CUT].append(max(len(better), len(worse)) > room)
         return result
 
-    return encode_rows(rows, encode, name=name, limit=limit, workers=arguments.preprocessing_num_workers)
+    return encode_rows(replace(part, rows=rows), encode, limit=limit, workers=arguments.preprocessing_num_workers)
 
 
 def other_answers(answers: list[str], origin: str) -> list[str]:

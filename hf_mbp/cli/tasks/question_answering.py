@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,12 @@ from transformers import (
 
 from hf_mbp.cli.answers import answer_f1, exact_match
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits, require_columns
 from hf_mbp.cli.errors import UserError, say
 from hf_mbp.cli.metrics import cross_entropy
-from hf_mbp.cli.models import length_limit, load_model, require_offsets
+from hf_mbp.cli.models import length_limit, load_model, require_offsets, tell_new_head
+from hf_mbp.cli.splits import Part, Splits, require_columns
 from hf_mbp.cli.tasks.base import TaskSetup
-from hf_mbp.cli.tokenization import CUT, Batch, encode_rows, longest_first, texts
+from hf_mbp.cli.tokenization import CUT, Batch, encode_rows, encode_splits, texts
 
 # Columns of ours beside the user's and the model's: which question a window is of, and where its tokens are in the
 # context, -1 for those that are not in it.
@@ -36,7 +37,7 @@ Array = npt.NDArray[Any]
 def prepare(
     splits: Splits,
     tokenizer: PreTrainedTokenizerBase,
-    config: PreTrainedConfig,  # noqa: ARG001 - every task has the same signature
+    config: PreTrainedConfig,
     model_arguments: ModelArguments,
     data_arguments: DataArguments,
 ) -> TaskSetup:
@@ -44,12 +45,11 @@ def prepare(
     columns = ("question_column", "context_column", "answers_column")
     require_columns(splits, {column: getattr(data_arguments, column) for column in columns})
     require_offsets(tokenizer)
+    tell_new_head(model_arguments, config, ("ForQuestionAnswering",), "tells where an answer is")
     tokenizer.padding_side = "right"  # the answer's place is counted from the left
-    train = _encode(splits.train, "train", splits.train_origin, tokenizer, data_arguments)
+    train, windows = encode_splits(splits, partial(_encode, tokenizer=tokenizer, arguments=data_arguments))
     validation, metrics = None, AnswerMetrics.of_nothing()
-    if splits.validation is not None:
-        encoded = _encode(splits.validation, "validation", splits.validation_origin, tokenizer, data_arguments)
-        windows = longest_first(encoded)
+    if windows is not None:
         validation = _for_the_model(windows)
         metrics = AnswerMetrics.of(windows, splits.validation, data_arguments)
     return TaskSetup(
@@ -69,10 +69,9 @@ def _for_the_model(windows: Dataset) -> Dataset:
 # Rows to windows
 
 
-def _encode(
-    rows: Dataset, name: str, origin: str, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments
-) -> Dataset:
+def _encode(part: Part, *, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
     limit = length_limit(tokenizer, arguments.max_length)
+    rows, origin = part.rows, part.origin
     rows = rows.select_columns([arguments.question_column, arguments.context_column, arguments.answers_column])
     rows = rows.add_column(_ROW, list(range(len(rows))))
 
@@ -98,8 +97,8 @@ def _encode(
         )
         return _as_windows(encoded, answers, batch[_ROW], tokenizer)
 
-    windows = encode_rows(rows, encode, name=name, limit=limit, workers=arguments.preprocessing_num_workers)
-    say(f"{name}: the {len(windows):,} rows are windows on the contexts of {len(rows):,} questions")
+    windows = encode_rows(replace(part, rows=rows), encode, limit=limit, workers=arguments.preprocessing_num_workers)
+    say(f"{part.name}: the {len(windows):,} rows are windows on the contexts of {len(rows):,} questions")
     return windows
 
 

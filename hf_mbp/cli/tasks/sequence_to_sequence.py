@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,14 @@ from transformers import (
 )
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits, require_columns
 from hf_mbp.cli.errors import UserError, say
 from hf_mbp.cli.metrics import ExactMatch, RougeL
 from hf_mbp.cli.models import length_limit, load_model
+from hf_mbp.cli.splits import Part, Splits, require_columns
 from hf_mbp.cli.tasks import language_modeling
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.language_modeling import IGNORED, sum_row
-from hf_mbp.cli.tokenization import CUT, Batch, column_lengths, encode_rows, longest_first, rows_cut, texts
+from hf_mbp.cli.tokenization import CUT, Batch, column_lengths, encode_rows, encode_splits, rows_cut, texts
 from hf_mbp.cli.trainers import FinetuneSeq2SeqTrainer
 
 
@@ -50,10 +51,7 @@ def prepare(
     }
     splits = _with_inner_columns(splits, columns.values())
     require_columns(splits, columns)
-    train = _encode(splits.train, "train", tokenizer, data_arguments)
-    validation = None
-    if splits.validation is not None:
-        validation = longest_first(_encode(splits.validation, "validation", tokenizer, data_arguments))
+    train, validation = encode_splits(splits, partial(_encode, tokenizer=tokenizer, arguments=data_arguments))
     model = load_model(AutoModelForSeq2SeqLM, model_arguments)
     _set_generation_length(model, data_arguments.max_target_length, max(column_lengths(train, "labels")))
     return TaskSetup(
@@ -76,7 +74,7 @@ def _with_inner_columns(splits: Splits, columns: Any) -> Splits:
     return replace(splits, train=splits.train.flatten(), validation=validation)
 
 
-def _encode(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
+def _encode(part: Part, *, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
     limit = length_limit(tokenizer, arguments.max_source_length, "max_source_length")
     target_limit = length_limit(tokenizer, arguments.max_target_length, "max_target_length")
 
@@ -90,15 +88,14 @@ def _encode(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, argume
         return {"input_ids": encoded["input_ids"], "labels": labels["input_ids"], CUT: was_cut}
 
     encoded = encode_rows(
-        rows,
+        part,
         encode,
-        name=name,
         limit=f"{limit or 'all'} tokens of the source or {target_limit or 'all'} of the target",
         option="max_source_length, max_target_length",
         workers=arguments.preprocessing_num_workers,
     )
     lengths = column_lengths(encoded, "labels")
-    say(f"{name}: tokens a target: median {statistics.median(lengths):.0f}, longest {max(lengths)}")
+    say(f"{part.name}: tokens a target: median {statistics.median(lengths):.0f}, longest {max(lengths)}")
     return encoded
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -11,11 +14,12 @@ from transformers import (
 )
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits, require_columns
+from hf_mbp.cli.errors import say
 from hf_mbp.cli.models import length_limit
+from hf_mbp.cli.splits import Part, Splits, require_columns
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.classification import Labels, compute_metrics, find_labels, load_classifier, only_logits
-from hf_mbp.cli.tokenization import CUT, Batch, encode_rows, longest_first, rows_cut, texts
+from hf_mbp.cli.tokenization import CUT, Batch, encode_rows, encode_splits, rows_cut, texts
 
 # A column of ours beside the user's; the name must not be one of theirs.
 _CLASS_ID = "hf_mbp_class_id"
@@ -41,11 +45,9 @@ def prepare(
     labels = find_labels(
         splits, data_arguments.label_column, config, head=_HEAD, new_head=model_arguments.starts_new_head
     )
-    train = _encode(splits.train, "train", labels, splits.train_origin, tokenizer, data_arguments)
-    validation = None
-    if splits.validation is not None:
-        encoded = _encode(splits.validation, "validation", labels, splits.validation_origin, tokenizer, data_arguments)
-        validation = longest_first(encoded)
+    say(str(labels))
+    encode = partial(_encode, labels=labels, tokenizer=tokenizer, arguments=data_arguments)
+    train, validation = encode_splits(splits, encode)
     model = load_classifier(AutoModelForSequenceClassification, labels, model_arguments)
     # Decoders find a row's last token by it.
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -59,11 +61,10 @@ def prepare(
     )
 
 
-def _encode(
-    rows: Dataset, name: str, labels: Labels, origin: str, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments
-) -> Dataset:
+def _encode(part: Part, *, labels: Labels, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
     limit = length_limit(tokenizer, arguments.max_length)
-    rows = rows.add_column(_CLASS_ID, labels.ids_of_rows(rows, arguments.label_column, origin))
+    class_ids = labels.ids_of_rows(part.rows, arguments.label_column, part.origin)
+    rows = part.rows.add_column(_CLASS_ID, class_ids)
 
     def encode(batch: Batch) -> Batch:
         pair = () if arguments.text_pair_column is None else (texts(batch, arguments.text_pair_column),)
@@ -76,4 +77,4 @@ def _encode(
         )
         return {**encoded, "labels": batch[_CLASS_ID], CUT: rows_cut(encoded, limit)}
 
-    return encode_rows(rows, encode, name=name, limit=limit, workers=arguments.preprocessing_num_workers)
+    return encode_rows(replace(part, rows=rows), encode, limit=limit, workers=arguments.preprocessing_num_workers)

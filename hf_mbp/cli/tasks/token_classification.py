@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
 from typing import Any
 
@@ -19,14 +20,14 @@ from transformers import (
 )
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
-from hf_mbp.cli.data import Splits, require_columns
 from hf_mbp.cli.entities import are_entity_tags, entity_f1
 from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.metrics import Accuracy, MacroF1, cross_entropy
 from hf_mbp.cli.models import length_limit, require_offsets
+from hf_mbp.cli.splits import Part, Splits, require_columns
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.classification import Labels, choose_labels, load_classifier, names_of, only_logits
-from hf_mbp.cli.tokenization import CUT, Batch, encode_rows, longest_first, rows_cut
+from hf_mbp.cli.tokenization import CUT, Batch, encode_rows, encode_splits, rows_cut
 
 # What the loss of transformers leaves out.
 IGNORED = -100
@@ -42,12 +43,9 @@ def prepare(
     """Map tags to ids, tokenize, load a model with one output a tag for each token."""
     require_columns(splits, {"words_column": data_arguments.words_column, "tags_column": data_arguments.tags_column})
     require_offsets(tokenizer)
-    labels = find_tags(splits, data_arguments, config, new_head=model_arguments.new_head)
-    train = _encode(splits.train, "train", labels, splits.train_origin, tokenizer, data_arguments)
-    validation = None
-    if splits.validation is not None:
-        encoded = _encode(splits.validation, "validation", labels, splits.validation_origin, tokenizer, data_arguments)
-        validation = longest_first(encoded)
+    labels = find_tags(splits, data_arguments, config, new_head=model_arguments.starts_new_head)
+    encode = partial(_encode, labels=labels, tokenizer=tokenizer, arguments=data_arguments)
+    train, validation = encode_splits(splits, encode)
     model = load_classifier(AutoModelForTokenClassification, labels, model_arguments)
     return TaskSetup(
         model=model,
@@ -101,10 +99,9 @@ def _feature_of_tags(rows: Dataset, arguments: DataArguments) -> Any:
     return getattr(rows.features[arguments.tags_column], "feature", None)
 
 
-def _encode(
-    rows: Dataset, name: str, labels: Labels, origin: str, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments
-) -> Dataset:
+def _encode(part: Part, *, labels: Labels, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
     limit = length_limit(tokenizer, arguments.max_length)
+    rows, origin = part.rows, part.origin
     feature = _feature_of_tags(rows, arguments)
     where = f"{origin}, column {arguments.tags_column!r},"
     # All tags at once, so that every unknown one is told
@@ -133,7 +130,7 @@ def _encode(
         ]
         return {"input_ids": encoded["input_ids"], "labels": token_labels, CUT: rows_cut(encoded, limit)}
 
-    return encode_rows(rows, encode, name=name, limit=limit, workers=arguments.preprocessing_num_workers)
+    return encode_rows(part, encode, limit=limit, workers=arguments.preprocessing_num_workers)
 
 
 def label_tokens(words: Sequence[str], tags: Sequence[int], offsets: Iterable[tuple[int, int]]) -> list[int]:
