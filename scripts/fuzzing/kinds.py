@@ -19,7 +19,7 @@ import yaml
 from fuzzing import checkpoints, tables
 from fuzzing.mutations import ODD_VALUES, ODD_WORDS, spoiled_bytes
 from fuzzing.trial import Input, WorkBegins
-from hf_mbp.cli import bench, check, estimate, finetune, plan, plan_plot
+from hf_mbp.cli import bench, check, estimate, finetune, plan_memory, plan_plot
 from hf_mbp.cli.main import COMMANDS, main
 from hf_mbp.cli.recipe import field_types, recipe_parser
 from hf_mbp.cli.tasks import TASKS
@@ -146,7 +146,7 @@ STARTS_PROCESSES = ("preprocessing_num_workers",)
 def before_work() -> Iterator[None]:
     """Trials end where weights would be loaded, models run, or other processes started; memory is predicted once."""
     with contextlib.ExitStack() as stack:
-        for module in (plan, estimate):
+        for module in (plan_memory, estimate):
             stack.enter_context(mock.patch.object(module, "estimate_memory", _remembered(module.estimate_memory)))
         stack.enter_context(mock.patch.object(plan_plot, "plot_plan", _work_begins))
         stack.enter_context(mock.patch.object(check, "build_trainer", _work_begins))
