@@ -48,7 +48,7 @@ def _read(hint: Any, value: Any, name: str) -> Any:
         return {key: _read(get_args(hint)[1], one, f"{name}.{key}") for key, one in value.items()}
     if hint is not Any and not _is_one(hint, value):
         raise ValueError(f"{name} is {_shown(value)}")
-    return value
+    return float(value) if hint is float else value  # an integer may be larger than NumPy's
 
 
 def _is_one(hint: Any, value: Any) -> bool:

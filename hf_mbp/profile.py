@@ -80,11 +80,13 @@ class Profile:
 
     def __post_init__(self) -> None:
         asked, budget = self.options.get("max_tokens"), self.budget
-        is_beyond = budget.max_tokens is None or budget.max_tokens > asked if asked is not None else False
-        if is_beyond or (budget.max_tokens is None and budget.max_bytes is None):
+        is_other = (budget.max_tokens is None) != (asked is None)
+        if is_other or (budget.max_tokens or 0) > (asked or 0):
             raise ValueError(f"its budget of {budget.max_tokens} tokens is not within the {asked} that are asked for")
         if (self.room is None) != (budget.max_bytes is None):
             raise ValueError("it has either a room for activations or a budget of bytes, and not both")
+        if budget.max_tokens is None and budget.max_bytes is None:
+            raise ValueError("its budget limits nothing")
 
     @property
     def knob(self) -> str:

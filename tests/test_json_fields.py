@@ -25,6 +25,11 @@ class Outer:
     is_new: bool = False
 
 
+def test_integers_become_numbers_that_numpy_takes() -> None:
+    share = value_object(Outer, {"count": 1, "share": 2**70}, "it").share
+    assert (share, type(share)) == (2.0**70, float)
+
+
 def test_what_is_right() -> None:
     kept = {
         **{"count": 3, "share": None, "inner": {"size": 1, "name": "a"}, "parts": [{"size": 0.5}]},

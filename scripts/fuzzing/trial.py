@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 from hf_mbp.cli.errors import EXIT_CODE
 
-Say = Callable[[], "int | None"]
+Run = Callable[[], "int | None"]
 
 
 class Ending(Enum):
@@ -92,7 +92,7 @@ class Guard:
     @contextlib.contextmanager
     def watching(self, *allowed: Path) -> Iterator[None]:
         """A context in which nothing may be written but below these folders."""
-        self._allowed, self.elsewhere, self._is_on = tuple(map(str, allowed)), [], True
+        self._allowed, self.elsewhere, self._is_on = tuple(f"{folder}/" for folder in allowed), [], True
         try:
             yield
         finally:
@@ -115,7 +115,8 @@ class Guard:
             return
         base = os.getcwd() if folder == -1 else os.readlink(f"/proc/self/fd/{folder}")
         path = os.path.normpath(os.path.join(base, os.fsdecode(where)))
-        if not path.startswith((*self._allowed, "/dev/null", "/proc/self/")):  # a peak is read anew by writing there
+        # below /proc the peak of memory is read anew by writing
+        if not f"{path}/".startswith((*self._allowed, "/dev/null/", "/proc/self/")):
             self.elsewhere.append(f"{event} {path}")
 
 
@@ -127,7 +128,7 @@ class Bench:
     guard: Guard
     is_clear: Callable[[str, Input], bool]
 
-    def trial(self, tried: Input, run: Say, *, may_write: tuple[str, ...] = ()) -> Trial:
+    def trial(self, tried: Input, run: Run, *, may_write: tuple[str, ...] = ()) -> Trial:
         """Runs what takes the input; `may_write` are folders beside its files."""
         folder = self.scratch / "trial"
         tried.write(folder)
@@ -158,7 +159,7 @@ def _listed(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def _caught(run: Say) -> tuple[int | None, str]:
+def _caught(run: Run) -> tuple[int | None, str]:
     """The exit code, and what was said; `None` for an exception."""
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")  # as a terminal, which takes no halves of characters
     said = io.StringIO()
