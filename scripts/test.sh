@@ -37,4 +37,4 @@ echo "== documentation"
 NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build --strict
 "$venv/bin/python" scripts/check_site.py build/site
 echo "== tests"
-"$venv/bin/python" -m pytest -n "$cores" --quiet "$@"
+"$venv/bin/python" -m pytest -n "$cores" --quiet -m "not slow" "$@"

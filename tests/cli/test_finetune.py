@@ -129,7 +129,7 @@ def test_output_folder_rules(recipe: Callable[..., Path], tmp_path: Path, capsys
         ({"gguf_file": "none.gguf"}, "cannot be loaded"),
         ({"resume_from_checkpoint": True}, "has no whole checkpoint-* folder"),
         ({"resume_from_checkpoint": "nowhere"}, "there is no folder nowhere"),
-        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; write how many rows"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; "),
         ({"learning_rat": 1}, "'learning_rat' is not a known key; did you mean learning_rate"),
         ({"eval_strategy": "steps", "validation_file": None}, "the trainer refuses: "),
         (

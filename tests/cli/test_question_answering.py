@@ -115,7 +115,7 @@ class TestMistakes:
         rows = Dataset.from_list([{"question": "x", "context": "a", "answers": answers}])
         with pytest.raises(UserError, match=message) as caught:
             prepare(encoder, rows)
-        assert str(caught.value).startswith("train rows: train.x, column 'answers': row 0")
+        assert str(caught.value).startswith("train.x, column 'answers': row 0")
 
     def test_the_row_is_counted_from_the_first(self, encoder: Path) -> None:
         rows = [*[asked("a", "a")] * 1500, asked("a", "b", start=0)]
