@@ -164,7 +164,8 @@ def _of_model(name: str, given: Values, options: Options) -> Subject:
     arguments = ModelShape(model_name_or_path=name, **{key: given[key] for key in given if key in shape})
     config = load_config(arguments)
     head = options.head or _head_of(config, name)
-    model = load_model(getattr(transformers, HEADS[head][0]), arguments)
+    with user_errors(f"command line: --head {head}", UserError):
+        model = load_model(getattr(transformers, HEADS[head][0]), arguments)
     defaults = {option: getattr(TrainArguments, option) for option in _OF_TRAINING}
     return Subject(
         model=model,
