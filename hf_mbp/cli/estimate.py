@@ -161,7 +161,8 @@ def _of_model(name: str, given: Values, options: Options) -> Subject:
     for option in given:
         if option not in shape | {*_OF_TRAINING, "debug_traceback"}:
             raise UserError(f"command line: --{option} is an option of recipes; with a model, leave it out")
-    arguments = ModelShape(model_name_or_path=name, **{key: given[key] for key in given if key in shape})
+    with user_errors("command line"):
+        arguments = ModelShape(model_name_or_path=name, **{key: given[key] for key in given if key in shape})
     config = load_config(arguments)
     head = options.head or _head_of(config, name)
     with user_errors(f"command line: --head {head}", UserError):

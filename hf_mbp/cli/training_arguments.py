@@ -14,6 +14,9 @@ from hf_mbp.cli.errors import UserError
 # Trained by TRL; the others by the Trainer of transformers.
 TRL_TASKS = ("instruction_tuning", "preference_tuning")
 
+SEEDS = 2**32
+"""What NumPy can be seeded with."""
+
 
 def training_arguments(task: str) -> type[Any]:
     """Return the class; for a task that is not known, too, which is for others to tell.
@@ -40,6 +43,10 @@ def check_training_arguments(arguments: Any) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; write a whole number from 1")
+    for name in ("seed", "data_seed"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 <= value < SEEDS:
+            raise ValueError(f"{name} is {value}; write a whole number from 0 to {SEEDS - 1}")
     if not 0 <= arguments.num_train_epochs < math.inf:
         raise ValueError(f"num_train_epochs is {arguments.num_train_epochs}; write a number from 0, such as 3")
     for name, value in vars(arguments).items():

@@ -138,6 +138,9 @@ def _options(task: str) -> list[str]:
     ]
 
 
+OF_COMMANDS = ("rows", "width", "target_width", "head", "device", "device_memory", "fsdp_ranks", "steps", "output")
+"""Options that only some of the commands have."""
+
 STARTS_PROCESSES = ("preprocessing_num_workers",)
 """Options that fork: a trial has one process."""
 
@@ -272,4 +275,4 @@ def is_clear(line: str, tried: Input) -> bool:
 @cache
 def _names() -> frozenset[str]:
     tasks = (name for task in TASKS for name in _options(task))
-    return frozenset((*tasks, *STARTS_PROCESSES))
+    return frozenset((*tasks, *STARTS_PROCESSES, *OF_COMMANDS))

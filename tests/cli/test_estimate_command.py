@@ -77,6 +77,7 @@ def test_a_checkpoint_without_a_head(tmp_path: Path, config: str, capsys: pytest
         (["--device_memory", "much"], "--device_memory has 'much'; write sizes such as 24GiB"),
         (["--device_memory", "0.5"], "--device_memory has '0.5'"),
         (["--head", "hydra"], "--head is 'hydra'; write one of causal_lm"),
+        (["--config_name", "x"], "command line: write either model_name_or_path"),
         (["--head", "seq2seq_lm"], "command line: --head seq2seq_lm: model "),
         (["--learning_rate", "1"], "--learning_rate is an option of recipes; with a model, leave it out"),
         (["--optim", "lomo"], "optimizer='lomo' is not known"),

@@ -159,6 +159,8 @@ def test_a_missing_file_is_named(parser: argparse.ArgumentParser) -> None:
             "option: per_device_train_batch_size is 0; ",
         ),
         (["--train_file", "a", "--gradient_accumulation_steps", "-1"], "gradient_accumulation_steps is -1"),
+        (["--train_file", "a", "--seed", "-1"], "seed is -1; write a whole number from 0 to 4294967295"),
+        (["--train_file", "a", "--data_seed", str(2**32)], "data_seed is 4294967296; write a whole number"),
         (["--train_file", "a", "--num_train_epochs", "nan"], "num_train_epochs is nan; write a number from 0"),
         (["--train_file", "a", "--lr_scheduler_kwargs", "x"], "lr_scheduler_kwargs is 'x'; write a mapping"),
         (["--train_file", "a", "--use_cpu", "--deepspeed", "no.json"], "bad option: .*deepspeed"),
