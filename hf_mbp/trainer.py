@@ -175,8 +175,12 @@ class MBPMixin(_Base):
         return loss
 
     def _warn_of_hidden_loss(self, loss: torch.Tensor) -> None:
-        """Once, where stock logs another number in its place; it waits for the device to see this, too."""
-        if self.args.logging_nan_inf_filter and not self._has_warned_of_loss and not torch.isfinite(loss):
+        """Once, where stock logs another number in its place; it waits for the device to see this, too.
+
+        Under fp16 an overflow is usual, and its step is left out.
+        """
+        is_hidden = self.args.logging_nan_inf_filter and self.accelerator.scaler is None
+        if is_hidden and not self._has_warned_of_loss and not torch.isfinite(loss):
             self._has_warned_of_loss = True
             warnings.warn(hidden_loss(self.state.global_step + 1, float(loss)), stacklevel=3)
 

@@ -99,10 +99,10 @@ def test_the_worst_micro_batch_is_tried_as_it_will_run(layout: Layout, kernels: 
     model = MODELS["llama"]()
     trainer = trainer_of(with_flash(model) if layout is Layout.SEGMENTS else model, layout, tmp_path)
     rows = trainer.train_dataset
-    budget = measure_budget(trainer, rows, trainer.mbp_rows.sizes(rows)).budget
+    sizing = measure_budget(trainer, rows, trainer.mbp_rows.sizes(rows))
     # As much as one row of twice the longest takes, so that several run together.
-    budget = replace(budget, max_bytes=float(budget.bytes(1, 600)))
-    profile = Profile(key={}, options={}, budget=budget)
+    budget = replace(sizing.budget, max_bytes=float(sizing.budget.bytes(1, 600)))
+    profile = Profile(key={}, options={}, budget=budget, room=sizing.room)
     worst = rehearsal.worst_of(trainer, rows, profile, cost_of(trainer.model, trainer.args.device))
     assert worst is not None
     assert worst.planned_bytes <= budget.max_bytes

@@ -134,7 +134,7 @@ def test_plan_and_check(image_recipe: Callable[..., Path], capsys: pytest.Captur
         ({"image_column": "photo"}, "has no column 'photo' (option image_column); its columns are image, label"),
         ({"label_column": "name"}, "has no column 'name' (option label_column)"),
         ({"train_file": "nothing"}, "no file nothing (train_file, validation_file); looked in"),
-        ({"train_file": "empty"}, "/empty cannot be read as images"),
+        ({"train_file": "empty"}, "/empty (train_file, validation_file) cannot be read as images"),
         ({"config_name": "/no/such"}, "model /no/such cannot be loaded"),
         ({"config_name": None}, "model_name_or_path is missing"),
         ({"model_name_or_path": "x/y"}, "write either model_name_or_path (its weights) or config_name"),
