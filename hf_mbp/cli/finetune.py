@@ -116,7 +116,7 @@ def make_trainer(recipe: Recipe, processor: Any, setup: TaskSetup) -> MBPMixin:
 def _quoted_options(given: Values, error: Exception) -> str:
     """The options whose values a message quotes, which seldom says whose they are."""
     message = str(error).lower()  # some name of a choice in capitals what was written in small letters
-    names = [name for name, value in given.items() if f"'{value}'".lower() in message]
+    names = [name for name, value in given.items() if repr(str(value)).lower() in message]
     return f" ({', '.join(names)})" if names else ""
 
 
