@@ -753,7 +753,8 @@ def test_the_budget_of_training_holds_for_the_evaluation_in_it(tagger: Any, tmp_
     trainer = mbp_trainer(tagger, TAGGED[:16], tmp_path, memory_limit="100TB", max_tokens_per_micro_batch=None)
     trainer.train()
     profile = trainer.mbp_feed.budget._profile
-    trainer.mbp_feed.budget._profile = replace(profile, budget=replace(profile.budget, max_tokens=BUDGET))
+    tight = {"options": profile.options | {"max_tokens": BUDGET}, "budget": replace(profile.budget, max_tokens=BUDGET)}
+    trainer.mbp_feed.budget._profile = replace(profile, **tight)
     shapes = Shapes(tagger)
     trainer.evaluate(TAGGED)
     assert max(rows * width for rows, width in shapes.shapes) <= BUDGET
