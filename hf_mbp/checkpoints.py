@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.distributed import Ranks
 from hf_mbp.kept import RANDOM_STATES, drop_entry, keep_entry
-from hf_mbp.memory import format_bytes
 from hf_mbp.watch import explain
 
 STATE = "trainer_state.json"

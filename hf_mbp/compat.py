@@ -16,8 +16,11 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from hf_mbp import wrapped
+from hf_mbp.loss_value import scalar_of
 
 ABSENT = object()
+
+_LOSS_REMEDY = "Take the mean over the rows or tokens in it, without .item(), .detach() and torch.no_grad()."
 
 
 @contextmanager
@@ -51,7 +54,10 @@ def weighted_loss(trainer: Any, weight: float, num_items: float, *, varies: bool
         if varies:
             wrapped.mark_varying(kwargs["inputs"] if "inputs" in kwargs else args[1])
         result = compute_loss(*args, **{**kwargs, "num_items_in_batch": count})
-        return (result[0] * weight, *result[1:]) if isinstance(result, tuple) else result * weight
+        loss, *rest = result if isinstance(result, tuple) else (result,)
+        if torch.is_grad_enabled():
+            loss = scalar_of(loss, function=f"{type(trainer).__name__}.compute_loss", remedy=_LOSS_REMEDY)
+        return (loss * weight, *rest) if isinstance(result, tuple) else loss * weight
 
     with (
         replaced(trainer, compute_loss=weighted, current_gradient_accumulation_steps=1),

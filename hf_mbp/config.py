@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hf_mbp.memory import parse_memory_limit
+from hf_mbp.byte_sizes import parse_memory_limit
 from hf_mbp.plan import check_max_tokens
 
 ON_INEXACT = ("warn", "error")

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 from math import inf
 
-from hf_mbp.memory import Room, format_bytes
+from hf_mbp.byte_sizes import format_bytes
+from hf_mbp.memory import Room
 from hf_mbp.profile import Ceiling, Failure, Profile
 
 AIM = 0.93

@@ -15,8 +15,9 @@ import torch
 import transformers
 from torch import nn
 
+from hf_mbp.byte_sizes import format_bytes, parse_memory_limit
 from hf_mbp.fake import CudaKernels, backward, fake_like, fake_tensors, fake_twin
-from hf_mbp.memory import DEFAULT_FRACTION, AllocationTracker, format_bytes, parse_memory_limit
+from hf_mbp.memory import DEFAULT_FRACTION, AllocationTracker
 
 Inputs = Mapping[str, torch.Tensor]
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from hf_mbp import memory
+from hf_mbp.byte_sizes import parse_memory_limit
 from hf_mbp.collate import Inputs, num_rows_of
 from hf_mbp.eval_batch import EvalBatch
 from hf_mbp.fit import Measured, fit_budget
@@ -49,7 +50,7 @@ def inference_budget(trainer: Any, batch: EvalBatch, run: Callable[[Inputs], Any
 
 
 def _room(trainer: Any) -> int:
-    limit = memory.parse_memory_limit(trainer.mbp_config.memory_limit)
+    limit = parse_memory_limit(trainer.mbp_config.memory_limit)
     try:
         return memory.room_for_training(trainer.args.device, limit, 0).activation_bytes
     except ValueError:  # nothing is left

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_mbp import compat
-from hf_mbp.memory import format_bytes
+from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.optimizer_memory import step_bytes
 from hf_mbp.out_of_memory import give_back_memory, is_out_of_memory, reason_of
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 
 from hf_mbp import compat, memory, wrapped
+from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.collate import Inputs
 from hf_mbp.undisturbed import HALF, StandIns, undisturbed
 
@@ -43,7 +44,7 @@ def _lack_of_memory(modules: list[torch.nn.Module]) -> str | None:
     for device, size in needed.items():
         free = memory.free_memory(device)
         if device.type != "meta" and size > memory.DEFAULT_FRACTION * free:
-            return f"a copy in float32 takes {memory.format_bytes(size)}, and {memory.format_bytes(free)} are free"
+            return f"a copy in float32 takes {format_bytes(size)}, and {format_bytes(free)} are free"
     return None
 
 

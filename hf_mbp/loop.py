@@ -15,6 +15,7 @@ from hf_mbp.accumulation import Float32Sums, half_precision
 from hf_mbp.collate import Collator, Inputs
 from hf_mbp.distributed import Ranks
 from hf_mbp.items import checked_count, items_of
+from hf_mbp.loss_value import scalar_of
 from hf_mbp.plan import Budget, Ints, as_sizes, check_max_tokens, too_long_message
 from hf_mbp.prefetch import Prefetch
 from hf_mbp.probe import LossTraits
@@ -27,6 +28,8 @@ _TRAITS: "WeakKeyDictionary[torch.nn.Module, LossTraits]" = WeakKeyDictionary()
 
 _BUFFERS: "WeakKeyDictionary[torch.nn.Module, ChangingBuffers]" = WeakKeyDictionary()
 """And about their buffers."""
+
+_LOSS_REMEDY = "Write for example loss=lambda inputs: model(**inputs).loss, outside torch.no_grad()."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +192,7 @@ class _Loop:
     def backward(self, micro_batch: MicroBatch) -> torch.Tensor:
         checkpointing = compat.checkpointed(self.base) if micro_batch.is_checkpointed else nullcontext()
         with checkpointing, self.prefetch.on_device(micro_batch) as inputs:
-            value = self.value(inputs)
-            _require_scalar(value)
+            value = scalar_of(self.value(inputs), function="loss", remedy=_LOSS_REMEDY)
             self.accelerator.backward(value * micro_batch.weight)
         self.sums.add(self.half)
         return value.detach() * micro_batch.weight
@@ -292,17 +294,3 @@ def _refuse(rows: Sequence[Any], accelerator: Any, max_tokens: int) -> None:
             f"The accelerator has gradient_accumulation_steps={accelerator.gradient_accumulation_steps}, by which it "
             "would divide the loss. Make it with 1, and give run_mini_batch all rows of the step."
         )
-
-
-def _require_scalar(value: Any) -> None:
-    if not isinstance(value, torch.Tensor) or value.ndim or not value.requires_grad:
-        raise TypeError(
-            f"loss must return the mean loss, a tensor without dimensions that has a gradient, got {_named(value)}. "
-            "Write for example loss=lambda inputs: model(**inputs).loss, outside torch.no_grad()."
-        )
-
-
-def _named(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"one of shape {list(value.shape)}" + ("" if value.requires_grad else " without a gradient")
-    return f"a {type(value).__name__}"

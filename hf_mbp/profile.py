@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from hf_mbp import wrapped
+from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.json_fields import value_object
-from hf_mbp.memory import Room, format_bytes
+from hf_mbp.memory import Room
 from hf_mbp.plan import Budget, Layout
 
 MOST_EVENTS = 100

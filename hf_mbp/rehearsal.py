@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_mbp import collate, loaders, memory
+from hf_mbp import collate, loaders
+from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.collate import Batch
 from hf_mbp.control import AIM_OF_ONE, Reading, after_failure, corrected
 from hf_mbp.gauge import Gauge
@@ -83,7 +84,7 @@ def _corrected(profile: Profile, worst: Worst, taken: int, step: int) -> Profile
     cap = min(max(corrected(room, reading, AIM_OF_ONE), profile.cap / MOST_CHANGE), profile.cap * MOST_CHANGE)
     why = (
         f"the worst micro-batch of the data, {len(worst.rows):,} rows of width {worst.width:,}, was tried and took "
-        f"{memory.format_bytes(taken)}, predicted were {memory.format_bytes(worst.planned_bytes)}"
+        f"{format_bytes(taken)}, predicted were {format_bytes(worst.planned_bytes)}"
     )
     return profile.with_cap(cap, step, why)
 

@@ -6,6 +6,7 @@ from math import inf
 from typing import Any
 
 from hf_mbp import compat, control, memory
+from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.control import Reading
 from hf_mbp.distributed import Ranks
 from hf_mbp.gauge import Gauge
@@ -93,8 +94,8 @@ class RunBudget:
         free = memory.free_memory(self._trainer.args.device)
         if free < profile.room.activation_bytes:
             return (
-                f"it was made with {memory.format_bytes(profile.room.activation_bytes)} for activations, more than the "
-                f"{memory.format_bytes(free)} that are free now"
+                f"it was made with {format_bytes(profile.room.activation_bytes)} for activations, more than the "
+                f"{format_bytes(free)} that are free now"
             )
         return difference(profile.key, key_of(self._trainer))
 
@@ -157,7 +158,7 @@ class RunBudget:
             return f"at most {max_tokens:,} tokens each, as asked"
         error = profile.held_out_error
         return (
-            f"at most {max_tokens:,} tokens each, sized for {memory.format_bytes(profile.room.activation_bytes)} of "
+            f"at most {max_tokens:,} tokens each, sized for {format_bytes(profile.room.activation_bytes)} of "
             f"activations" + ("" if error is None else f", predicted within {max(0.01, error):.0%}")
         )
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from hf_mbp import memory, wrapped
+from hf_mbp.byte_sizes import parse_memory_limit
 from hf_mbp.collate import num_rows_of
 from hf_mbp.fit import Measured, fit_budget, held_out_error
 from hf_mbp.gauge import Gauge
@@ -182,7 +183,7 @@ def _room(trainer: Any) -> memory.Room:
     pending = memory.pending_training_bytes(
         parameters, trainer.optimizer, accumulates_in_fp32=trainer.mbp_config.accumulate_in_fp32
     )
-    limit = memory.parse_memory_limit(trainer.mbp_config.memory_limit)
+    limit = parse_memory_limit(trainer.mbp_config.memory_limit)
     for_a_step = step_bytes(trainer.optimizer, parameters)
     return memory.room_for_training(trainer.args.device, limit, pending, step_bytes=for_a_step)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hf_mbp import memory
+from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.recovery import Fault
 
 SEARCH_SECONDS = 10
@@ -19,8 +20,8 @@ def too_large_error(trainer: Any, fault: Fault, need: float | None, checkpoint: 
         return MemoryError(f"Process {fault.rank} has a row that does not fit its memory; it says which.")
     device = trainer.args.device
     how = "with activation checkpointing" if fault.is_checkpointed else "and the model has no activation checkpointing"
-    needs = "" if need is None else f"It needs about {memory.format_bytes(need)}, and "
-    free = f"{memory.format_bytes(memory.free_memory(device))} are free on {device}. "
+    needs = "" if need is None else f"It needs about {format_bytes(need)}, and "
+    free = f"{format_bytes(memory.free_memory(device))} are free on {device}. "
     kept = f" The run so far is kept in {checkpoint}: go on with resume_from_checkpoint." if checkpoint else ""
     return MemoryError(
         f"{_named(trainer, fault)} of {fault.width:,} tokens does not fit the memory by itself, {how} "

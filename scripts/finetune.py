@@ -5,7 +5,7 @@ accelerate launch scripts/finetune.py recipes/text_classification/spam.yaml --le
 
 import sys
 
-from hf_mbp.cli.finetune import main
+from hf_mbp.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 
+from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.cli.errors import UserError, run_reporting_errors
 from hf_mbp.cli.sources import resolve_model
-from hf_mbp.memory import format_bytes
 from machine import machine, versions
 from own_process import OwnProcesses, ProcessDiedError
 from paper.cases import CASES, MIB, MODEL, QUICK, Case

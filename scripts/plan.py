@@ -5,7 +5,7 @@ python scripts/plan.py recipes/text_classification/spam.yaml --device cuda --mem
 
 import sys
 
-from hf_mbp.cli.plan import main
+from hf_mbp.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["plan", *sys.argv[1:]]))

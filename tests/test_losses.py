@@ -134,6 +134,39 @@ class DividesByTheCount(MBPTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+@pytest.mark.parametrize("check_at_start", [True, False])
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (lambda losses: losses, r"one of shape \[\d+\]\."),
+        (lambda losses: losses.mean().item(), "a float"),
+        (lambda losses: losses.mean().detach(), r"one of shape \[\] without a gradient"),
+        (lambda losses: {"loss": losses.mean()}, "a dict"),
+    ],
+)
+def test_a_loss_that_is_no_number_with_a_gradient(
+    returned: Any, got: str, check_at_start: bool, tmp_path: Path
+) -> None:
+    class Odd(MBPTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+            return returned(cross_entropy(model(**inputs).logits, inputs["labels"], reduction="none"))
+
+    model, rows = build(BertForSequenceClassification, bert_config(num_labels=3)), class_rows()
+    trainer = mbp_trainer(model, rows, tmp_path, trainer_class=Odd, check_at_start=check_at_start)
+    with pytest.raises(TypeError, match=rf"^Odd.compute_loss must return the mean loss, .*, got {got}"):
+        trainer.train()
+
+
+def test_a_loss_of_one_element(tmp_path: Path) -> None:
+    class OneElement(MBPTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+            return model(**inputs).loss[None]
+
+    model, rows = build(BertForSequenceClassification, bert_config(num_labels=3)), class_rows()
+    trainer = mbp_trainer(model, rows, tmp_path, trainer_class=OneElement, on_inexact="error")
+    assert_equal(trainer, whole(model, rows, cross_entropy), IN_FLOAT64)
+
+
 class AsksTheNextClass(MBPTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

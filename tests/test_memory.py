@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from hf_mbp import memory
+from hf_mbp.byte_sizes import format_bytes, parse_memory_limit
 from hf_mbp.memory import (
     DEFAULT_FRACTION,
     AllocationTracker,
-    format_bytes,
     measure_activations,
-    parse_memory_limit,
     pending_training_bytes,
     room_for_training,
 )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
-
-from transformers import Seq2SeqTrainingArguments
+from typing import Literal, get_args
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
@@ -252,20 +250,3 @@ class DataArguments:
             raise ValueError("prompt_column and answer_column go together; one of them is missing")
         if self.prompt_column is not None and self.messages_column is not None:
             raise ValueError("write either prompt_column and answer_column, or messages_column, not both")
-
-
-class KeepsNoToken:
-    """Arguments whose pickle has no token; put it before a class of training arguments.
-
-    Trainer writes its arguments as a pickle into every checkpoint, and uploads it with the model.
-    """
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the token of the Hub."""
-        return {**self.__dict__, "hub_token": None}
-
-
-class TrainArguments(KeepsNoToken, Seq2SeqTrainingArguments):
-    """transformers' own arguments, under a heading of their own in the help."""
-
-    _argument_group_name = "training (transformers.Seq2SeqTrainingArguments)"

@@ -17,33 +17,16 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from hf_mbp.cli.arguments import TrainArguments
+from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.cli.command import run_command
 from hf_mbp.cli.errors import UserError, say, user_errors
 from hf_mbp.cli.finetune import build_trainer
-from hf_mbp.cli.help import option_sections
 from hf_mbp.cli.recipe import Recipe, read_recipe
-from hf_mbp.memory import format_bytes, peak_memory
+from hf_mbp.cli.training_arguments import TrainArguments
+from hf_mbp.memory import peak_memory
 from hf_mbp.out_of_memory import is_out_of_memory
 
 CONTESTANTS = ("Trainer", "MBPTrainer")
-
-_INTRODUCTION = """\
-usage: hf-mbp bench RECIPE.yaml [--steps 5] [--option value ...]
-
-Train a few steps of a recipe twice, each time in a process of its own: with the stock Trainer, which runs the batches
-as they are, and with MBPTrainer. The rows of the steps are the same. The first step of each, which has checks and
-sizing or warms the device up, is not timed. One device, and neither evaluation nor saving.
-
-  hf-mbp bench recipes/text_classification/spam.yaml
-  hf-mbp bench my.yaml --per_device_train_batch_size 8 --gradient_accumulation_steps 8
-
-It is one short measurement: run it twice to see how far the numbers can be trusted, with nothing else on the machine.
-Where batches of the plain Trainer do not fit, that is said; so choose what would be run without hf_mbp. Its gradient
-with several accumulation steps is another one (README.md), which is not what is compared here.
-
-bench
-  --steps                   steps that are timed, after a first one [5]"""
 
 _KILLED = (-9, 137)
 
@@ -109,7 +92,7 @@ class Meter(TrainerCallback):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return run_command(argv, lambda _: "\n\n".join((_INTRODUCTION, *option_sections())), _bench)
+    return run_command(argv, _bench)
 
 
 def _bench(argv: Sequence[str]) -> None:

@@ -8,9 +8,8 @@ import textwrap
 from collections.abc import Sequence
 
 from hf_mbp.cli.command import run_command
-from hf_mbp.cli.errors import EXIT_CODE, FAILED, UserError, say, user_errors
+from hf_mbp.cli.errors import FAILED, UserError, say, user_errors
 from hf_mbp.cli.finetune import build_trainer
-from hf_mbp.cli.help import option_sections
 from hf_mbp.cli.recipe import Recipe, read_recipe
 from hf_mbp.equivalence import EquivalenceReport, check_equivalence
 
@@ -19,25 +18,10 @@ NOT_EXACT = FAILED
 _WIDTH = 100
 _FEWEST_ROWS = 2
 
-_INTRODUCTION = f"""\
-usage: hf-mbp check RECIPE.yaml [--num_rows 8] [--option value ...]
-
-Check, without training, whether micro-batches give the gradient of the whole batch for a recipe's model, loss and data,
-and say why if they do not. The recipe is one that hf-mbp train runs; nothing is written into its output_dir.
-
-  hf-mbp check recipes/text_classification/spam.yaml
-  hf-mbp check my.yaml --num_rows 16 --dtype bfloat16
-
-The exit code is 0 if it is exact, {NOT_EXACT} if it is not or the check failed, {EXIT_CODE} after a mistake of the
-user's: in the recipe, the options or the data.
-
-check
-  --num_rows                rows to compare, whole and split: short ones, of unlike lengths and labels [8]"""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return run_command(argv, lambda _: "\n\n".join((_INTRODUCTION, *option_sections())), _check)
+    return run_command(argv, _check)
 
 
 def _check(argv: Sequence[str]) -> int:

@@ -10,7 +10,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from hf_mbp.cli.arguments import TrainArguments
 from hf_mbp.cli.errors import say
 from hf_mbp.cli.models import described
 from hf_mbp.cli.plan_text import as_text
@@ -18,6 +17,7 @@ from hf_mbp.cli.recipe import Recipe
 from hf_mbp.cli.run_plan import plan_of
 from hf_mbp.cli.shapes import without_weights
 from hf_mbp.cli.tasks.base import TaskSetup
+from hf_mbp.cli.training_arguments import TrainArguments
 from hf_mbp.compat import replaced
 
 

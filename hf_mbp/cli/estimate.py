@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -11,58 +10,18 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_mbp.cli.arguments import ModelShape, TrainArguments
+from hf_mbp.byte_sizes import parse_memory_limit
+from hf_mbp.cli.arguments import ModelShape
 from hf_mbp.cli.command import run_command
 from hf_mbp.cli.errors import UserError, say, user_errors
+from hf_mbp.cli.heads import HEADS, USUAL_WIDTH
 from hf_mbp.cli.models import described, load_config, load_model
 from hf_mbp.cli.recipe import Values, parse_options, read_recipe, recipe_parser
 from hf_mbp.cli.shapes import row_sizes, set_up
+from hf_mbp.cli.training_arguments import TrainArguments
 from hf_mbp.estimate import MemoryEstimate, estimate_max_tokens, estimate_memory
-from hf_mbp.memory import parse_memory_limit
-
-USUAL_WIDTH = 512
-"""Tokens that are assumed where nothing says how long the rows are."""
 
 _SUFFIXES = (".yaml", ".yml")
-
-HEADS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "causal_lm": ("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")),
-    "masked_lm": ("AutoModelForMaskedLM", ("ForMaskedLM", "ForPreTraining")),
-    "seq2seq_lm": ("AutoModelForSeq2SeqLM", ("ForConditionalGeneration",)),
-    "sequence_classification": ("AutoModelForSequenceClassification", ("ForSequenceClassification",)),
-    "token_classification": ("AutoModelForTokenClassification", ("ForTokenClassification",)),
-    "question_answering": ("AutoModelForQuestionAnswering", ("ForQuestionAnswering",)),
-    "multiple_choice": ("AutoModelForMultipleChoice", ("ForMultipleChoice",)),
-    "image_classification": ("AutoModelForImageClassification", ("ForImageClassification",)),
-}
-"""What can be trained, by the class that makes it and the ends of the names under which checkpoints have it."""
-
-_INDENT = " " * 28
-_LISTED_HEADS = f"\n{textwrap.fill(', '.join(HEADS), 110, initial_indent=_INDENT, subsequent_indent=_INDENT)}"
-
-_INTRODUCTION = f"""\
-usage: hf-mbp estimate MODEL|RECIPE.yaml [--rows 8] [--width 512] [--device_memory 24GiB] [--option value ...]
-
-Predict the memory of a training step, part by part, and the largest budget that fits a device. Counted on tensors that
-have shapes and no memory: needs neither weights nor device. MODEL is a name on the Hub or a folder, of which only the
-configuration is read (a folder with a config.json does without network); of a recipe, model, data and options are.
-
-  hf-mbp estimate path/to/config --head causal_lm --width 2048 --bf16
-  hf-mbp estimate recipes/text_classification/spam.yaml --device_memory 8GiB,24GiB,80GiB
-
-estimate
-  --rows                    rows of a micro-batch [8]
-  --width                   tokens that they are padded to [longest row of the recipe; {USUAL_WIDTH} for a model]
-  --target_width            sequence to sequence: tokens of the labels [width]
-  --device                  whose kernels are counted, cuda or cpu; it need not be there [cuda]
-  --device_memory           memory of the device, or several, with commas between them [24GiB]
-  --fsdp_ranks              devices that FSDP shards over [1]
-  --head                    of a model, that of the checkpoint if it is left out:{_LISTED_HEADS}
-
-of the model and of training
-  --dtype --attn_implementation --model_revision --gguf_file --trust_remote_code
-  --optim --bf16 --fp16 --gradient_checkpointing
-                            as in hf-mbp train; with a recipe, all of its options"""
 
 _OF_TRAINING = ("bf16", "fp16", "gradient_checkpointing", "optim")
 
@@ -91,7 +50,7 @@ class Subject:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return run_command(argv, lambda _: _INTRODUCTION, _estimate)
+    return run_command(argv, _estimate)
 
 
 def _estimate(argv: Sequence[str]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,13 +14,20 @@ from accelerate import PartialState
 from transformers import TrainerCallback, set_seed
 
 from hf_mbp.cli.card import write_card
-from hf_mbp.cli.command import HELP, run_command
+from hf_mbp.cli.command import run_command
 from hf_mbp.cli.data import load_splits
 from hf_mbp.cli.dry_run import rehearse
 from hf_mbp.cli.errors import UserError, say
-from hf_mbp.cli.help import short_help
 from hf_mbp.cli.models import load_config
-from hf_mbp.cli.output import BEFORE_RESULTS, RECIPE, TRAIN_RESULTS, delete_run, find_checkpoint, refuse_other_run
+from hf_mbp.cli.output import (
+    BEFORE_RESULTS,
+    RECIPE,
+    TRAIN_RESULTS,
+    delete_run,
+    delete_start,
+    find_checkpoint,
+    refuse_other_run,
+)
 from hf_mbp.cli.padding import PaddingTotals
 from hf_mbp.cli.plots import plot_loss, plot_padding
 from hf_mbp.cli.recipe import Recipe, Values, dump_recipe, find_task_name, read_recipe, recipe_parser
@@ -35,12 +43,14 @@ _UNREPORTED = ("_per_second", "_preparation_time")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code (2 after a user's mistake, 1 after a failure, told in one line)."""
-    return run_command(argv, _help, lambda words: finetune(read_recipe(words)), help_words=(*HELP, "--help_all"))
+    return run_command(argv, _main)
 
 
-def _help(argv: Sequence[str]) -> str:
-    """The options of this library, or with ``--help_all`` all that the task has."""
-    return recipe_parser(find_task_name(argv)).format_help() if "--help_all" in argv else short_help()
+def _main(words: Sequence[str]) -> None:
+    if "--help_all" in words:  # the options of transformers and TRL, too, as the task has them
+        say(recipe_parser(find_task_name(words)).format_help())
+    else:
+        finetune(read_recipe(words))
 
 
 def finetune(recipe: Recipe) -> None:
@@ -56,9 +66,9 @@ def finetune(recipe: Recipe) -> None:
         rehearse(recipe, prepare, make_trainer)
         return
     trainer = build_trainer(recipe)
-    _claim_folder(recipe, folder, resuming=checkpoint is not None)
-    before = _evaluate_before(trainer, recipe, folder, resuming=checkpoint is not None)
-    trained = _train(trainer, checkpoint, folder)
+    with _claimed_folder(recipe, folder, resuming=checkpoint is not None):
+        before = _evaluate_before(trainer, recipe, folder, resuming=checkpoint is not None)
+        trained = _train(trainer, checkpoint, folder)
     trainer.write_card = partial(write_card, trainer, recipe, metrics := {**before, **trained})
     trainer.save_model()
     trainer.save_state()
@@ -120,8 +130,9 @@ def _quoted_options(given: Values, error: Exception) -> str:
     return f" ({', '.join(names)})" if names else ""
 
 
-def _claim_folder(recipe: Recipe, folder: Path, *, resuming: bool) -> None:
-    """Make the folder this run's own, once every process has seen that it may be."""
+@contextmanager
+def _claimed_folder(recipe: Recipe, folder: Path, *, resuming: bool) -> Iterator[None]:
+    """Make the folder this run's own, once every process has seen that it may be; not if its start is refused."""
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         if recipe.run.overwrite_output_dir and not resuming:
@@ -129,6 +140,12 @@ def _claim_folder(recipe: Recipe, folder: Path, *, resuming: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
     PartialState().wait_for_everyone()
+    try:
+        yield
+    except UserError:  # before the first step; the next try, with the mistake mended, needs the folder
+        if PartialState().is_main_process and not resuming:
+            delete_start(folder)
+        raise
 
 
 def _evaluate_before(trainer: MBPMixin, recipe: Recipe, folder: Path, *, resuming: bool) -> Metrics:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from hf_mbp import __version__
-from hf_mbp.cli.errors import EXIT_CODE, tell_error
+from hf_mbp.cli.errors import EXIT_CODE, say, tell_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,8 @@ COMMANDS: Mapping[str, Command] = {
     "estimate": Command(module="hf_mbp.cli.estimate", says="predict the memory of a model, and the budget that fits"),
     "bench": Command(module="hf_mbp.cli.bench", says="measure a few steps of a recipe beside the stock Trainer"),
 }
+
+HELP_WORDS = ("-h", "--help")
 
 HELP = """\
 usage: hf-mbp COMMAND [...]
@@ -51,7 +53,7 @@ options or the data, told in one line with its remedy. --debug_traceback shows w
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that ``argv`` begins with; return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] in (*HELP_WORDS, "help"):
         print(_help())
         return 0 if argv else EXIT_CODE
     if argv[0] == "--version":
@@ -60,9 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         tell_error(_unknown(argv[0]))
         return EXIT_CODE
-    # Only now: the modules of the commands import torch and transformers.
-    command = import_module(COMMANDS[argv[0]].module)
-    code: int = command.main(argv[1:])
+    name, words = argv[0], argv[1:]
+    # Only now, and only if no help is wanted: the modules of the commands import torch and transformers.
+    if any(word in HELP_WORDS for word in words):
+        say(import_module("hf_mbp.cli.help").command_help(name))
+        return 0
+    code: int = import_module(COMMANDS[name].module).main(words)
     return code
 
 

@@ -12,8 +12,9 @@ from hf_mbp.cli.sources import is_there
 RECIPE = "recipe.yaml"
 BEFORE_RESULTS = "eval_before_results.json"
 TRAIN_RESULTS = "train_results.json"
+ALL_RESULTS = "all_results.json"
 # What a run writes beside model and tokenizer, which the next run replaces anyway.
-_RESULTS = (RECIPE, BEFORE_RESULTS, TRAIN_RESULTS, "eval_results.json", "all_results.json", STATE)
+_RESULTS = (RECIPE, BEFORE_RESULTS, TRAIN_RESULTS, "eval_results.json", ALL_RESULTS, STATE)
 PLOTS = ("loss.png", "padding.png")
 CARD = "README.md"
 CARD_MARK = "<!-- This card was written by hf-mbp train. -->"
@@ -51,6 +52,12 @@ def delete_run(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def delete_start(folder: Path) -> None:
+    """Delete what a run has written before its first step."""
+    for name in (RECIPE, BEFORE_RESULTS, ALL_RESULTS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def has_own_card(folder: Path) -> bool:

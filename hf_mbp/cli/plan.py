@@ -11,27 +11,10 @@ from pathlib import Path
 import torch
 
 from hf_mbp.cli.command import run_command
-from hf_mbp.cli.errors import EXIT_CODE, UserError, say, user_errors
-from hf_mbp.cli.help import option_sections
+from hf_mbp.cli.errors import UserError, say, user_errors
 from hf_mbp.cli.plan_text import as_text
 from hf_mbp.cli.recipe import read_recipe
 from hf_mbp.cli.run_plan import plan_run
-
-_INTRODUCTION = f"""\
-usage: hf-mbp plan RECIPE.yaml [--steps 3] [--output plan.png] [--device cuda] [--option value ...]
-
-Show how a recipe would train, before it does: the lengths of its rows, the micro-batches of a few steps with what is
-wasted on padding, and the predicted memory. Needs neither the weights of the model nor the device.
-
-  hf-mbp plan recipes/text_classification/spam.yaml
-  hf-mbp plan my.yaml --device cuda --memory_limit 24GiB --bf16
-
-The exit code is {EXIT_CODE} after a mistake in the recipe or the options.
-
-plan
-  --steps                   steps to draw [3]
-  --output                  where to draw them [plan.png]
-  --device                  what to plan for, cpu or cuda; it need not be there [the one that is]"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +28,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return run_command(argv, lambda _: "\n\n".join((_INTRODUCTION, *option_sections())), _plan)
+    return run_command(argv, _plan)
 
 
 def _plan(argv: Sequence[str]) -> None:

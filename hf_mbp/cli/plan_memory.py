@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 
 from hf_mbp import memory
+from hf_mbp.byte_sizes import format_bytes, parse_memory_limit
 from hf_mbp.cli.errors import UserError, user_errors
 from hf_mbp.cli.plan_groups import Group
 from hf_mbp.cli.recipe import Recipe
@@ -85,8 +86,8 @@ class Estimator:
         resident = max(estimate.resident_bytes for estimate in estimates)
         if limit is not None and limit <= resident:
             raise UserError(
-                f"memory_limit is {memory.format_bytes(limit)}, but weights, gradients, optimizer states and libraries "
-                f"alone take {memory.format_bytes(resident)}; raise it, or write another dtype, optim or model"
+                f"memory_limit is {format_bytes(limit)}, but weights, gradients, optimizer states and libraries "
+                f"alone take {format_bytes(resident)}; raise it, or write another dtype, optim or model"
             )
         measured = [
             (rows, sum(widths), estimate.activation_bytes)
@@ -103,7 +104,7 @@ class Estimator:
 
 def limit_bytes(recipe: Recipe, device: torch.device) -> int | None:
     """Bytes that training may take in all; `None` if only a number of tokens is given."""
-    limit = memory.parse_memory_limit(recipe.mbp.memory_limit)
+    limit = parse_memory_limit(recipe.mbp.memory_limit)
     if isinstance(limit, int):
         return limit
     if limit is None and recipe.mbp.max_tokens_per_micro_batch is not None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.cli.plan_groups import Group, StepPlan
 from hf_mbp.cli.run_plan import RunPlan
-from hf_mbp.memory import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

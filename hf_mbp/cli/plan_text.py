@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from hf_mbp import memory
+from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.cli.plan_groups import Group
 from hf_mbp.cli.run_plan import RunPlan
 from hf_mbp.estimate import MemoryEstimate
@@ -21,7 +21,7 @@ def as_text(plan: RunPlan, device: torch.device) -> str:
         "tokens a row": ", ".join(f"{name} {value:,}" for name, value in named),
         "optimizer steps": f"{plan.num_steps:,}" + _planned_part(plan),
         "budget": f"at most {_tokens(plan, plan.largest[0].width)} tokens a micro-batch, in rows of "
-        f"{plan.largest[0].width:,}; for {device}" + ("" if limit is None else f", {memory.format_bytes(limit)}"),
+        f"{plan.largest[0].width:,}; for {device}" + ("" if limit is None else f", {format_bytes(limit)}"),
         "first step": f"{sum(group.rows for group in first.split):,} rows in {len(first.split):,} micro-batches; "
         f"{len(groups) / len(plan.steps):.1f} on average",
         "padding": f"{plan.padding():.1%} of the cells; {plan.padding(plain=True):.1%} with the plain Trainer",
@@ -42,8 +42,8 @@ def _tokens(plan: RunPlan, width: int) -> str:
 
 def _peak_line(largest: tuple[Group, MemoryEstimate], limit: int | None) -> str:
     group, estimate = largest
-    line = f"{group.rows:,} rows x {group.width:,} tokens, predicted peak {memory.format_bytes(estimate.peak_bytes)}"
+    line = f"{group.rows:,} rows x {group.width:,} tokens, predicted peak {format_bytes(estimate.peak_bytes)}"
     if limit is None:
         return line
     verdict = "fits" if estimate.peak_bytes <= limit else "does NOT fit"
-    return f"{line}: {verdict} {memory.format_bytes(limit)}"
+    return f"{line}: {verdict} {format_bytes(limit)}"

@@ -6,9 +6,9 @@ import math
 from importlib.util import find_spec
 from typing import Any
 
+from transformers import Seq2SeqTrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from hf_mbp.cli.arguments import TrainArguments
 from hf_mbp.cli.errors import UserError
 
 # Trained by TRL; the others by the Trainer of transformers.
@@ -16,6 +16,23 @@ TRL_TASKS = ("instruction_tuning", "preference_tuning")
 
 SEEDS = 2**32
 """What NumPy can be seeded with."""
+
+
+class KeepsNoToken:
+    """Arguments whose pickle has no token; put it before a class of training arguments.
+
+    Trainer writes its arguments as a pickle into every checkpoint, and uploads it with the model.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the token of the Hub."""
+        return {**self.__dict__, "hub_token": None}
+
+
+class TrainArguments(KeepsNoToken, Seq2SeqTrainingArguments):
+    """transformers' own arguments, under a heading of their own in the help."""
+
+    _argument_group_name = "training (transformers.Seq2SeqTrainingArguments)"
 
 
 def training_arguments(task: str) -> type[Any]:

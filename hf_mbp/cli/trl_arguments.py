@@ -8,7 +8,8 @@ from typing import Any
 
 import trl
 
-from hf_mbp.cli.arguments import DataArguments, KeepsNoToken, ModelArguments, RunArguments
+from hf_mbp.cli.arguments import DataArguments, ModelArguments, RunArguments
+from hf_mbp.cli.training_arguments import KeepsNoToken
 from hf_mbp.config import MBPConfig
 
 _OURS = frozenset(

@@ -13,7 +13,7 @@ from benchmarks.task import Stopwatch, Task
 from benchmarks.with_trainer import WithTrainer, under_max_tokens, under_memory_limit
 from benchmarks.workloads import Shape, Workload
 from hf_mbp import MBPTrainer
-from hf_mbp.memory import parse_memory_limit
+from hf_mbp.byte_sizes import parse_memory_limit
 
 
 @dataclass(frozen=True, kw_only=True)

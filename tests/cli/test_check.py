@@ -98,14 +98,6 @@ def test_nothing_to_compare_is_a_mistake(
     assert "error: the check refuses: a split needs 2 rows" in capsys.readouterr().err
 
 
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert text.startswith("usage: hf-mbp check RECIPE.yaml")
-    assert all(f"--{name} " in text for name in ("num_rows", "model_name_or_path", "train_file", "dtype"))
-    assert max(map(len, text.splitlines())) <= 120
-
-
 def test_the_script_returns_the_exit_code(recipe: Callable[..., Path], tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf")}
     command = [sys.executable, str(ROOT / "scripts" / "check.py"), str(recipe()), "--num_rows", "0"]

@@ -17,10 +17,11 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from hf_mbp.cli.arguments import ModelArguments, TrainArguments
+from hf_mbp.cli.arguments import ModelArguments
 from hf_mbp.cli.card import card_data
 from hf_mbp.cli.finetune import main
 from hf_mbp.cli.recipe import read_recipe
+from hf_mbp.cli.training_arguments import TrainArguments
 
 Recipe = Callable[..., Path]
 

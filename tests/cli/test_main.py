@@ -1,6 +1,7 @@
 """The console command: what it says without importing much, which command it runs, and its exit codes."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,8 +26,9 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_help_imports_nothing_that_takes_time() -> None:
     code = (
-        "import sys; from hf_mbp.cli.main import main; code = main(['--help']);"
-        "print(sorted({'torch', 'transformers', 'datasets', 'numpy', 'yaml'} & set(sys.modules))); sys.exit(code)"
+        "import sys; from hf_mbp.cli.main import COMMANDS, main;"
+        "codes = [main(words) for words in (['--help'], *([name, '--help'] for name in COMMANDS))];"
+        "print(sorted({'torch', 'transformers', 'datasets', 'yaml'} & set(sys.modules))); sys.exit(sum(codes))"
     )
     done = run_python(code)
     assert done.returncode == 0, done.stderr
@@ -48,6 +50,25 @@ def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     assert out.startswith(f"usage: hf-mbp {name} ")
     assert max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("name", "named", "not_named"),
+    [
+        ("train", ("task", "gguf_file", "validation_fraction", "memory_limit", "beta", "help_all"), ("weight_decay",)),
+        ("plan", ("steps", "output", "device", "model_name_or_path", "memory_limit"), ("weight_decay",)),
+        ("check", ("num_rows", "model_name_or_path", "train_file", "dtype"), ("weight_decay",)),
+        ("estimate", ("rows", "width", "device_memory", "head", "bf16"), ("train_file",)),
+        ("bench", ("steps", "train_file", "memory_limit"), ("weight_decay",)),
+    ],
+)
+def test_help_names_the_options_of_ours(
+    name: str, named: tuple[str, ...], not_named: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name, "recipe.yaml", "-h"]) == 0
+    options = set(re.findall(r"--(\w+)", capsys.readouterr().out))
+    assert set(named) <= options
+    assert not set(not_named) & options
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,8 +138,3 @@ def test_mistakes_are_told_in_one_line(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
-
-
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
-    assert "--memory_limit" in capsys.readouterr().out
