@@ -18,12 +18,12 @@ from hf_mbp.items import checked_count, items_of
 from hf_mbp.loss_value import scalar_of
 from hf_mbp.plan import Budget, Ints, as_sizes, check_max_tokens, too_long_message
 from hf_mbp.prefetch import Prefetch
-from hf_mbp.probe import LossTraits
+from hf_mbp.probe import KnownTraits, LossTraits
 from hf_mbp.recovery import Backward, ChangingBuffers, Fault, Recovery
 from hf_mbp.sizing import cost_of
 from hf_mbp.step import MicroBatch, RowFunctions, run_micro_batches, split_mini_batch, weigh
 
-_TRAITS: "WeakKeyDictionary[torch.nn.Module, LossTraits]" = WeakKeyDictionary()
+_TRAITS: "WeakKeyDictionary[torch.nn.Module, KnownTraits]" = WeakKeyDictionary()
 """What was found out about the losses of models, for as long as they live."""
 
 _BUFFERS: "WeakKeyDictionary[torch.nn.Module, ChangingBuffers]" = WeakKeyDictionary()
@@ -111,9 +111,8 @@ def run_mini_batch(
     if accumulate_in_fp32:
         refusals.refuse_float32_sums(is_sharded=wrapped.shards(accelerator))
     base = accelerator.unwrap_model(model)
-    traits = LossTraits(accelerator, shifts_labels)
-    if shifts_labels is None:
-        traits = _TRAITS.setdefault(base, traits)
+    said = None if shifts_labels is None else KnownTraits(shifts_labels=shifts_labels)
+    traits = LossTraits(accelerator, said or _TRAITS.setdefault(base, KnownTraits()))
     loop = _Loop(
         model=model,
         base=base,

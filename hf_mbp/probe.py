@@ -1,6 +1,7 @@
 """Runs the user's model and loss on the side, and leaves no trace."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from math import isclose, isnan
 from typing import Any
@@ -44,13 +45,24 @@ def loss_of(trainer: Any, inputs: Inputs, num_items: float, *, weight: float = 1
     return loss
 
 
-class LossTraits:
-    """What a model's loss makes of labels and padding, found out by trying, once."""
+@dataclass
+class KnownTraits:
+    """What is known about a loss so far; `None` where it was not tried yet. Refers to nothing, so that it may be kept.
 
-    def __init__(self, accelerator: Any, shifts_labels: bool | None = None) -> None:
+    `shifts_labels` says whether the loss predicts the next token, `counts_from_zero` whether the model places an
+    unpadded row at the positions 0, 1, ...; some start later, or number images.
+    """
+
+    shifts_labels: bool | None = None
+    counts_from_zero: bool | None = None
+
+
+class LossTraits:
+    """What a model's loss makes of labels and padding, found out by trying, once, and noted in `known`."""
+
+    def __init__(self, accelerator: Any, known: KnownTraits | None = None) -> None:
         self.values = partial(_values, accelerator)
-        self._shifts = shifts_labels
-        self._from_zero: bool | None = None
+        self._known = known or KnownTraits()
 
     def shifts_labels(self, loss: LossFunction, modules: list[torch.nn.Module], inputs: Inputs) -> bool:
         """Whether the loss predicts the next token, so that a label in the first column changes nothing.
@@ -58,13 +70,13 @@ class LossTraits:
         Neither the name nor the loss mapping of a model tells: BartForCausalLM does not shift, GPT-2 does and has no
         loss type.
         """
-        if self._shifts is None:
+        if self._known.shifts_labels is None:
             try:
                 one, other = self.values(loss, modules, *shift_probes(inputs))
             except (IndexError, RuntimeError, ValueError):  # -100 is no label for this loss
                 one, other = self.values(loss, modules, *changed_first_labels(inputs))
-            self._shifts = isclose(one, other, rel_tol=ROUNDING) or (isnan(one) and isnan(other))
-        return self._shifts
+            self._known.shifts_labels = isclose(one, other, rel_tol=ROUNDING) or (isnan(one) and isnan(other))
+        return self._known.shifts_labels
 
     def find_out(self, loss: LossFunction, modules: list[torch.nn.Module], inputs: Inputs) -> None:
         """Tries everything there is to try now, whatever the inputs of this rank, so that no rank has to try alone."""
@@ -80,11 +92,10 @@ class LossTraits:
         return settle_left_padding(inputs, add_position_ids=self._counts_from_zero(loss, modules, inputs))
 
     def _counts_from_zero(self, loss: LossFunction, modules: list[torch.nn.Module], inputs: Inputs) -> bool:
-        """Whether the model places an unpadded row at the positions 0, 1, ...; some start later, or number images."""
-        if self._from_zero is None:
+        if self._known.counts_from_zero is None:
             accepts = wrapped.accepts(modules[0], "position_ids")
-            self._from_zero = accepts and self._places_from_zero(loss, modules, inputs)
-        return self._from_zero
+            self._known.counts_from_zero = accepts and self._places_from_zero(loss, modules, inputs)
+        return self._known.counts_from_zero
 
     def _places_from_zero(self, loss: LossFunction, modules: list[torch.nn.Module], inputs: Inputs) -> bool:
         if not has_entry_for_each_row(inputs, len(inputs["attention_mask"])):

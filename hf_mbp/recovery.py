@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -278,11 +279,11 @@ class ChangingBuffers:
     """The buffers that the forward passes of a model may change, such as running means.
 
     Small ones, and of the large ones those that the first mini-batch has changed. Large ones of integers are taken for
-    constants: quantized weights are kept as such.
+    constants: quantized weights are kept as such. Keeps no module alive.
     """
 
     def __init__(self) -> None:
-        self._names: set[tuple[torch.nn.Module, str]] | None = None
+        self._names: WeakKeyDictionary[torch.nn.Module, set[str]] | None = None
 
     def copies(self, modules: list[torch.nn.Module]) -> list[_Kept]:
         """Copies of those that may change; of all, as long as that is not known."""
@@ -297,13 +298,15 @@ class ChangingBuffers:
     def _may_change(self, module: torch.nn.Module, name: str, buffer: torch.Tensor) -> bool:
         if buffer.numel() <= SMALL_BUFFER:
             return True
-        return buffer.is_floating_point() if self._names is None else (module, name) in self._names
+        return buffer.is_floating_point() if self._names is None else name in self._names.get(module, ())
 
     def learn(self, kept: list[_Kept]) -> None:
         """Notes which of the large ones have changed."""
         if self._names is None:
-            large = [one for one in kept if one.buffer.numel() > SMALL_BUFFER]
-            self._names = {(one.module, one.name) for one in large if one.has_changed}
+            self._names = WeakKeyDictionary()
+            for one in kept:
+                if one.buffer.numel() > SMALL_BUFFER and one.has_changed:
+                    self._names.setdefault(one.module, set()).add(one.name)
 
 
 def _numbers_of(module: torch.nn.Module) -> dict[str, Any]:

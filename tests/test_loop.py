@@ -1,8 +1,10 @@
 """`run_mini_batch` leaves the gradient of plain PyTorch on the whole batch, and `scripts/accelerate_loop.py` trains."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -260,3 +262,32 @@ def test_a_row_that_does_not_fit_is_checkpointed_and_then_given_up() -> None:
         run(model, rows, max_tokens=100)
     assert faults.raised > 2
     assert not layer.gradient_checkpointing
+
+
+class Queue(torch.nn.Module):
+    """A model that keeps what it has seen in a large buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = build(GPT2LMHeadModel, gpt2_config())
+        self.register_buffer("queue", torch.zeros(2**17))
+
+    def forward(self, **inputs: Any) -> Any:
+        self.queue += 1
+        return self.model(**inputs)
+
+
+def test_what_is_found_out_about_a_model_does_not_keep_it_alive() -> None:
+    def train() -> "weakref.ref[torch.nn.Module]":
+        model = Queue().train()
+        accelerator = Accelerator(cpu=True)
+        run(
+            accelerator.prepare(model),
+            with_labels(plain_rows(), lambda _, row: row["input_ids"]),
+            accelerator=accelerator,
+        )
+        return weakref.ref(model)
+
+    trained = train()
+    gc.collect()
+    assert trained() is None

@@ -191,7 +191,7 @@ def test_a_run_that_failed_in_the_middle_of_a_step_leaves_nothing_behind(tmp_pat
         check_at_start=False,
         max_tokens_per_micro_batch=32,
     )
-    trainer.mbp_rows._traits._shifts = True
+    trainer.mbp_rows._traits._known.shifts_labels = True
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.calls == 4
