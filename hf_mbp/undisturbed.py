@@ -56,7 +56,11 @@ class StandIns:
         self._originals = [_Attributes(holder) for holder in self._holders]
         self._copies: dict[int, torch.Tensor] = {}
         self._registered_first = self._now_registered()
-        self._put_in()
+        try:
+            self._put_in()
+        except BaseException:  # there may be no memory for the copies: half of them would be trained
+            self.put_back()
+            raise
         self.remember()
 
     def _put_in(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import DataCollatorForLanguageModeling
 
 from hf_mbp.probe import modules_of
-from hf_mbp.undisturbed import kept_collator, kept_notes, undisturbed
+from hf_mbp.undisturbed import StandIns, kept_collator, kept_notes, undisturbed
 from tests.helpers import token_rows, tokenizer
 
 
@@ -46,6 +46,24 @@ def test_a_model_is_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), before[2])
     assert random.getstate() == before[3]
     assert np.random.get_state()[1].tolist() == before[4]
+
+
+def test_a_model_is_as_it_was_where_there_is_no_memory_for_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    model[0].weight.grad = torch.ones(2, 2)
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    copy = StandIns._copy
+
+    def scarce(stand_ins: StandIns, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor is model[1].weight:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return copy(stand_ins, tensor)
+
+    monkeypatch.setattr(StandIns, "_copy", scarce)
+    with pytest.raises(torch.OutOfMemoryError), undisturbed([model]):
+        raise AssertionError("it is not run without its copies")
+    assert all(now is parameter for now, (parameter, _) in zip(model.parameters(), before, strict=True))
+    assert all(parameter.grad is gradient for parameter, gradient in before)
 
 
 def test_other_modules_of_a_trainer_count() -> None:
