@@ -47,7 +47,7 @@ def rehearse(trainer: Any, profile: Profile, gauge: Gauge, cost: Cost, num_rows:
     """The profile as the worst micro-batch corrects it; as it is, where that cannot be known or is far from the limit.
 
     Nothing of the trainer is changed. A micro-batch that runs out of memory halves the budget, and the worst that is
-    left is tried.
+    left is tried. Single rows that ran out of it are then beyond the budget: the steps see to them.
 
     Args:
         trainer: with a model that is not sharded: what runs here is no collective.
@@ -110,13 +110,15 @@ def _taken(trainer: Any, worst: Worst, gauge: Gauge) -> int | None:
     try:
         return _run(trainer, worst, gauge)
     except (RuntimeError, MemoryError) as error:  # the frames of its traceback hold tensors: nothing is done here
-        if not is_out_of_memory(error) or len(worst.rows) == 1:
+        if not is_out_of_memory(error):
             raise
     return None
 
 
 def _run(trainer: Any, worst: Worst, gauge: Gauge) -> int:
-    with undisturbed(modules_of(trainer)), kept_collator(trainer.data_collator):
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    beside = int(worst.planned_bytes) + sum(parameter.nbytes for parameter in trained)  # these need their gradients
+    with undisturbed(modules_of(trainer), beside=beside), kept_collator(trainer.data_collator):
         trainer.model.train()
         (inputs,) = trainer.mbp_rows.collate([worst.rows])
         arranged = trainer.mbp_rows.arranged(inputs)

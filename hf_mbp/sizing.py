@@ -24,6 +24,10 @@ NARROW, WIDE = 32, 512
 """Widths at which memory is measured, if rows are that long: far enough apart to tell what grows with their square. Of
 shorter rows it is measured at their whole width and at half of it."""
 
+LEFT = 0.5
+"""Share of the room for activations that copies of the weights have to leave to what is measured. Frozen weights, which
+have neither gradients nor optimizer states, may take almost all of it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceClass:
@@ -145,7 +149,7 @@ def measure_budget(trainer: Any, rows: list[Any], sizes: Ints) -> Sizing:
     longest = int(lengths.max())
     row = rows[int(lengths.argmax())]
     most = _room(trainer).activation_bytes
-    with undisturbed(modules_of(trainer)), kept_collator(trainer.data_collator):
+    with undisturbed(modules_of(trainer), beside=int(LEFT * most)), kept_collator(trainer.data_collator):
         trainer.model.train()
         is_cut = _can_be_cut(trainer, row)
         fitted, held_out = probe_shapes(longest, is_cut=is_cut)

@@ -41,11 +41,13 @@ class StandIns:
     Args:
         modules: to be run on the side.
         half_as: the dtype of the copies of floating tensors in half precision; `None` for their own.
+        beside: bytes on each device that have to be left beside the copies of parameters, or these are not made.
     """
 
-    def __init__(self, modules: list[nn.Module], half_as: torch.dtype | None = None) -> None:
+    def __init__(self, modules: list[nn.Module], half_as: torch.dtype | None = None, *, beside: int = 0) -> None:
         self.modules = list(dict.fromkeys(module for held in modules for module in held.modules()))
         self._half_as = half_as
+        self._beside = beside
         self._is_sharded = wrapped.holds_shards(self.modules)
         wrapped.reshard(self.modules)
         self._parameters = [(m, name, p) for m in self.modules for name, p in m._parameters.items() if p is not None]
@@ -82,7 +84,7 @@ class StandIns:
             size = parameter.numel() * torch.empty(0, dtype=self._dtype(parameter)).element_size()
             needed[parameter.device] = needed.get(parameter.device, 0) + size
         return all(
-            device.type == "meta" or size <= memory.DEFAULT_FRACTION * memory.free_memory(device)
+            device.type == "meta" or size + self._beside <= memory.DEFAULT_FRACTION * memory.free_memory(device)
             for device, size in needed.items()
         )
 
@@ -208,15 +210,15 @@ def _is_alike(one: Any, other: Any) -> bool:
 
 
 @contextmanager
-def undisturbed(modules: list[nn.Module], *, half_as: torch.dtype | None = None) -> Iterator[StandIns]:
+def undisturbed(modules: list[nn.Module], *, half_as: torch.dtype | None = None, beside: int = 0) -> Iterator[StandIns]:
     """Runs the block on copies of the modules' tensors, and puts everything back when it is left.
 
     Parameters, gradients, buffers, attributes and training flags of the modules, the fields of their configurations,
     and the random states of Python, numpy and torch, on every device that the modules are on. Parameters are not
-    copied where there is no room for it, nor sharded ones.
+    copied where there is no room for it and `beside` bytes more, nor sharded ones.
     """
     with own_random_numbers(modules):
-        stand_ins = StandIns(modules, half_as)
+        stand_ins = StandIns(modules, half_as, beside=beside)
         try:
             yield stand_ins
         finally:

@@ -276,6 +276,47 @@ def test_running_out_of_memory_there_halves_the_budget_and_tries_again(
     assert trainer.state.stateful_callbacks["hf_mbp"]["failure"]["size"] == sizes[1]
 
 
+def test_a_single_row_without_memory_there_is_left_to_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def scarce(trainer: Any, worst: Any, gauge: Any) -> int:
+        tried.append(len(worst.rows))
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+
+    monkeypatch.setattr(rehearsal, "WORTH_IT", 0.0)
+    monkeypatch.setattr(rehearsal, "_run", scarce)
+    trainer, _ = run(tmp_path, lambda step: 0.0, max_steps=2, per_device_train_batch_size=1)
+    assert tried
+    assert set(tried) == {1}
+    assert trainer.state.global_step == 2
+    assert trainer.state.stateful_callbacks["hf_mbp"]["failure"] is not None
+
+
+@pytest.mark.parametrize(("spare", "is_copied"), [(0, True), (10**9, False)])
+def test_copies_of_weights_leave_room_for_what_is_tried(
+    spare: int, is_copied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen weights may take almost all that is free; what was tried beside their copies ran out of memory."""
+    were_copied = []
+    original = rehearsal.loss_of
+
+    def noted(trainer: Any, *args: Any) -> Any:
+        were_copied.append(all(id(parameter) not in own for parameter in trainer.model.parameters()))
+        return original(trainer, *args)
+
+    trainer = mbp_trainer(build(BertForMaskedLM, bert_config()), with_labels(token_rows(8), masked_prefix), tmp_path)
+    own = {id(parameter) for parameter in trainer.model.parameters()}
+    rows = longest_rows(trainer, 8)
+    worst = rehearsal.Worst(rows=rows, width=30, planned_bytes=float(spare))
+    monkeypatch.setattr(rehearsal, "loss_of", noted)
+    rehearsal._run(trainer, worst, Told(trainer, lambda step: 0.0))
+    assert were_copied == [is_copied]
+    assert {id(parameter) for parameter in trainer.model.parameters()} == own
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
 def test_trying_it_changes_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a budget of tokens that binds before the bytes do, plans are alike; so must be the weights."""
     ran = []

@@ -231,6 +231,26 @@ def test_measuring_leaves_no_trace(kind: str, tmp_path: Path) -> None:
     assert first.grad is gradient
 
 
+def test_copies_leave_half_of_the_room_to_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = build(BertForSequenceClassification, bert_config(num_labels=3)), class_rows()
+    model.requires_grad_(False)
+    model.classifier.requires_grad_(True)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    own = {id(parameter) for parameter in model.parameters()}
+    were_copied = []
+
+    def noted(module: Any, *_: Any) -> None:
+        were_copied.append(all(id(parameter) not in own for parameter in module.parameters()))
+
+    model.register_forward_pre_hook(noted)
+    for free, is_copied in ((3 * weights, True), (1.5 * weights, False)):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: int(free))
+        trainer = unsized(model, rows, tmp_path)
+        measure_budget(trainer, rows, trainer.mbp_rows.sizes(rows))
+        assert set(were_copied) == {is_copied}
+        were_copied.clear()
+
+
 def test_snapshots_see_what_a_forward_pass_disturbs() -> None:
     model, rows = Normalised(), class_rows()
     before = snapshot(model)
