@@ -6,7 +6,7 @@ from hf_mbp import memory
 from hf_mbp.out_of_memory import trim_heap
 
 NEAR, RESERVE = 0.9, 0.1
-"""Shares of what is allowed: a GPU gives back what is unused if its peak was beyond one, and that much was unused."""
+"""Shares of what is allowed: a GPU gives back what is unused if it holds more than one, and that much is unused."""
 
 KEPT = 0.25
 """Share of the room for activations that a CPU's allocator may keep between micro-batches: giving memory back costs
@@ -50,18 +50,19 @@ class Gauge:
 
         To be called when no micro-batch runs. Blocks of many sizes leave gaps: a CPU's then holds more than what rests.
         That of CUDA keeps what the next micro-batch will need, and has to wait for the device to give it back, so there
-        only what was reserved at the peak and not even used then counts.
+        only what is reserved and was not used at the peak either counts. Once it is given back it is not reserved, and
+        the micro-batches that follow do not have the device wait again.
 
         Args:
             resting_bytes: what is in use when no micro-batch runs.
             allowed_bytes: what may be held.
         """
+        held = self.held_bytes()
         if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_reserved(self.device)
-            unused = peak - torch.cuda.max_memory_allocated(self.device)
-            is_due = peak > NEAR * allowed_bytes and unused > RESERVE * allowed_bytes
+            unused = held - torch.cuda.max_memory_allocated(self.device)
+            is_due = held > NEAR * allowed_bytes and unused > RESERVE * allowed_bytes
         else:
-            is_due = self.held_bytes() - resting_bytes > KEPT * (allowed_bytes - resting_bytes)
+            is_due = held - resting_bytes > KEPT * (allowed_bytes - resting_bytes)
         if is_due:
             self.release()
 

@@ -67,6 +67,36 @@ def test_memory_is_given_back_only_if_much_is_kept(monkeypatch: pytest.MonkeyPat
     assert calls
 
 
+class Allocator:
+    """What torch says about a GPU's allocator that has reserved `reserved` bytes, of which 700 were used at the peak."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reserved = self.most = 0
+        self.releases = 0
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: self.reserved)
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: self.most)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 700)
+        monkeypatch.setattr(torch.cuda, "empty_cache", self.release)
+
+    def take(self, reserved: int) -> None:
+        self.reserved = reserved
+        self.most = max(self.most, reserved)
+
+    def release(self) -> None:
+        self.reserved = 400
+        self.releases += 1
+
+
+def test_a_gpu_gives_back_what_is_unused_near_the_limit_once_and_not_at_every_micro_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    allocator, gauge = Allocator(monkeypatch), Gauge(torch.device("cuda"))
+    for reserved, releases in ((850, 0), (950, 1), (500, 1), (850, 1), (950, 2)):
+        allocator.take(reserved)
+        gauge.tidy(400, 1000)
+        assert allocator.releases == releases
+
+
 def test_processes_of_a_machine_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_group_limits", lambda: [(8000, 2000)])
     assert memory.free_memory(CPU) == 6000
