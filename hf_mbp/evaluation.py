@@ -56,7 +56,6 @@ class Evaluation:
         self._trainer = trainer
         self._ranks = ranks
         self._metrics = CallMetrics(trainer, ranks, mode="eval")
-        self._costs: dict[bool, Cost] = {}
         self._is_warned = False
         self._is_in_loop = False
         self._is_recognised = False
@@ -69,6 +68,7 @@ class Evaluation:
         self._traits: EvalTraits | None = None
         self._effect: CountEffect | None = None
         self._budget: Budget | None = None
+        self._costs: dict[bool, Cost] = {}
         self._is_compiled = wrapped.compiles(self._trainer.accelerator, self._trainer.model)
 
     @contextmanager

@@ -46,6 +46,7 @@ from tests.helpers import (
     with_labels,
 )
 
+CPU = torch.device("cpu")
 BUDGET = 64
 NUM_ROWS = 50
 BATCH = 32
@@ -711,7 +712,7 @@ def test_micro_batches_are_planned_for_forward_passes(
     quick = replace(sizing.DEVICE_CLASSES["cpu"], launches=1e12)
     monkeypatch.setitem(sizing.DEVICE_CLASSES, "cpu", quick)
     whole = trainer_of(Trainer, tagger, tmp_path).predict(TAGGED)
-    cost = sizing.cost_of(tagger, torch.device("cpu"))
+    cost = sizing.cost_of(tagger, CPU)
     counts = {}
     for forward_only in (True, False):
         if not forward_only:
@@ -725,6 +726,20 @@ def test_micro_batches_are_planned_for_forward_passes(
     batches = [TAGGED[start : start + BATCH] for start in range(0, len(TAGGED), BATCH)]
     assert counts[True] == sum(len({len(row["input_ids"]) for row in batch}) for batch in batches)
     assert counts[False] < counts[True]
+
+
+def test_another_model_is_planned_for_by_its_own_cost(
+    tagger: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned_for: list[Any] = []
+    monkeypatch.setattr(
+        evaluation, "cost_of", lambda model, *_, **__: planned_for.append(model) or sizing.cost_of(model, CPU)
+    )
+    trainer = trainer_of(MBPTrainer, tagger, tmp_path)
+    trainer.predict(TAGGED)
+    trainer.model = trainer.model_wrapped = build(BertForTokenClassification, bert_config(num_labels=6))
+    trainer.predict(TAGGED)
+    assert planned_for == [tagger, trainer.model]
 
 
 # Memory
