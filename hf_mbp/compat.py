@@ -410,15 +410,30 @@ def can_checkpoint(model: Any) -> bool:
 def checkpointed(model: Any) -> Iterator[None]:
     """Activation checkpointing for a while. Non-reentrant: with random numbers, gradients and hooks as without.
 
-    The methods were called `gradient_checkpointing_*` before transformers 5.24.
+    The methods were called `gradient_checkpointing_*` before transformers 5.24. To enable it also registers hooks by
+    which embeddings, frozen or not, pass on gradients; to disable it leaves them there, one more each time. They are
+    for reentrant checkpointing, and taken away at once.
     """
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    options = {f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
-    getattr(model, f"{name}_checkpointing_enable")(**options)
+    enable, disable = (getattr(model, f"{name}_checkpointing_{what}") for what in ("enable", "disable"))
+    owner = vars(getattr(enable, "__self__", model))  # under PEFT a model inside of `model`
+    handles = {key: owner[key] for key in INPUT_GRADIENT_HOOKS if key in owner}
+    before = {module: set(module._forward_hooks) for module in model.modules()}
+    enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+    for module, hooks in before.items():
+        for added in module._forward_hooks.keys() - hooks:
+            del module._forward_hooks[added]
     try:
         yield
     finally:
-        getattr(model, f"{name}_checkpointing_disable")()
+        disable()
+        for key in INPUT_GRADIENT_HOOKS:
+            owner.pop(key, None)
+        owner.update(handles)
+
+
+INPUT_GRADIENT_HOOKS = ("_require_grads_hooks", "_require_grads_hook")
+"""Where `enable_input_require_grads` keeps the handles of its hooks, which users may call, too."""
 
 
 def prepared_modules(accelerator: Any, modules: list[torch.nn.Module]) -> list[torch.nn.Module]:

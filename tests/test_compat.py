@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from transformers import Trainer
+from transformers import GPT2LMHeadModel, Trainer
 
 from hf_mbp import compat
+from tests.helpers import build, gpt2_config
 
 
 class State:
@@ -102,3 +103,24 @@ def test_own_counts_of_operations_see_the_micro_batches_as_they_are() -> None:
     assert operations(OwnCount, Parameters(), MICRO_BATCHES) == 5
     stock_asks_the_model = compat.operations_of(Attentive(), Attentive().floating_point_ops, MICRO_BATCHES)
     assert stock_asks_the_model == 2 * 49 + 3 * 16
+
+
+@pytest.mark.parametrize("is_asked_for", [False, True])
+def test_checkpointing_for_a_while_leaves_no_hooks(is_asked_for: bool) -> None:
+    """Hooks on embeddings would have frozen layers differentiated, and be one more after every row."""
+    model = build(GPT2LMHeadModel, gpt2_config())
+    model.transformer.wte.requires_grad_(False)
+    model.transformer.wpe.requires_grad_(False)
+    if is_asked_for:
+        model.enable_input_require_grads()
+    tokens = torch.arange(5)[None]
+    for _ in range(2):
+        with compat.checkpointed(model):
+            assert model.transformer.gradient_checkpointing
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        assert not model.transformer.gradient_checkpointing
+        assert model.transformer.wte(tokens).requires_grad is is_asked_for
+        assert len(model.transformer.wte._forward_hooks) == is_asked_for
+    assert model.transformer.h[0].attn.c_attn.weight.grad is not None
+    model.disable_input_require_grads()
+    assert not model.transformer.wte(tokens).requires_grad

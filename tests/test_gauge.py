@@ -68,7 +68,7 @@ def test_memory_is_given_back_only_if_much_is_kept(monkeypatch: pytest.MonkeyPat
 
 
 class Allocator:
-    """What torch says about a GPU's allocator that has reserved `reserved` bytes, of which 700 were used at the peak."""
+    """What torch says of a GPU whose allocator has reserved `reserved` bytes; of them 700 were used at the peak."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reserved = self.most = 0
