@@ -214,8 +214,9 @@ class MBPMixin(_Base):
         if self._logs_step and {"loss", "learning_rate"} <= logs.keys():
             logs.update(self._report.flush(self._ranks, memory.peak_memory(self.args.device)))
         super().log(logs, *args, **kwargs)
-        for name in MEASURED:
-            self.state.log_history[-1].pop(name, None)
+        for entry in self.state.log_history[-1:]:  # there may be none: the next class may log on one rank only
+            for name in MEASURED:
+                entry.pop(name, None)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Ends the step first: evaluation and saving are not counted, and budget and cost are saved as they are now."""

@@ -332,6 +332,20 @@ def test_log_keys(tmp_path: Path) -> None:
     assert metrics["mbp_padding_fraction_unsplit"] == pytest.approx(1 - useful / (16 * widest))
 
 
+def test_the_next_class_may_log_nothing(tmp_path: Path) -> None:
+    class Quiet(Trainer):
+        def log(self, logs: Any, *args: Any) -> None:
+            """As on all ranks but one."""
+
+    class MBPQuiet(MBPMixin, Quiet):
+        pass
+
+    trainer = mbp_trainer(classifier(), class_rows(), tmp_path, trainer_class=MBPQuiet)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert trainer.state.log_history == []
+
+
 def test_the_start_line_says_what_will_happen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mbp_trainer(classifier(), class_rows(), tmp_path, max_steps=2).train()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hf_mbp:")]
