@@ -338,6 +338,25 @@ def test_a_limit_that_leaves_no_room_stops_before_the_first_step(tmp_path: Path)
     assert trainer.state.global_step == 0
 
 
+def test_what_there_is_no_memory_for_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, measure = [], memory.measure_activations
+
+    def scarce(run: Any) -> int:
+        size = measure(run)
+        if measured and size > 3 * measured[0]:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+        measured.append(size)
+        return size
+
+    monkeypatch.setattr(memory, "measure_activations", scarce)
+    model, rows = build(BertForSequenceClassification, bert_config(num_labels=3)), class_rows(high=60)
+    trainer = unsized(model, rows, tmp_path)
+    sizing = measure_budget(trainer, rows, trainer.mbp_rows.sizes(rows))
+    assert 0 < len(measured) < 4
+    assert sizing.budget.bytes_per_cell > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_a_given_number_of_tokens_needs_no_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizing, "_measure", None)
     trainer = unsized(Normalised(), class_rows(), tmp_path, max_tokens_per_micro_batch=10**6)
