@@ -65,8 +65,9 @@ def _keeps_rows(loader: Any) -> bool:
 
 
 def source_of(loader: Any) -> Any:
-    """The loader that reads the data set, where another one deals its rows."""
-    return loader.dataset.source if isinstance(loader.dataset, DealtRows) else loader
+    """The loader that reads the data set, where another one deals its rows; the user's own may have no data set."""
+    dataset = getattr(loader, "dataset", None)
+    return dataset.source if isinstance(dataset, DealtRows) else loader
 
 
 class EqualBatches(BatchSamplerShard):

@@ -107,17 +107,21 @@ class RowReader:
             ValueError: the user's own loader pads its batches itself.
         """
         loader = loaders.source_of(self.trainer.get_train_dataloader())
-        if isinstance(loader.dataset, torch.utils.data.IterableDataset):
-            rows = list(islice(loader.dataset, num_rows))
-        else:
-            rows = [loader.dataset[index] for index in range(min(num_rows, len(loader.dataset)))]
-        batch = loader.collate_fn([row for row in rows if _is_alike(row, rows[0])])
+        batch = self._first_batch(loader, num_rows) if hasattr(loader, "dataset") else None
         if not isinstance(batch, Batch):
             raise ValueError(
                 "get_train_dataloader is overridden and returns ready-made batches, which are never split. To have "
                 "them split, leave it as it is, or build on super().get_train_dataloader()."
             )
         return batch.unpack()
+
+    def _first_batch(self, loader: Any, num_rows: int) -> Any:
+        """What a loader makes of the first rows of its data set."""
+        if isinstance(loader.dataset, torch.utils.data.IterableDataset):
+            rows = list(islice(loader.dataset, num_rows))
+        else:
+            rows = [loader.dataset[index] for index in range(min(num_rows, len(loader.dataset)))]
+        return loader.collate_fn([row for row in rows if _is_alike(row, rows[0])])
 
     def shifts_labels(self, inputs: Inputs) -> bool:
         """Whether the loss predicts the next token, so that the first label of a row is no item; found by trying."""

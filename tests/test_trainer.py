@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_mbp import MBPConfig, MBPMixin, MBPSeq2SeqTrainer, MBPTrainer
+from hf_mbp import MBPConfig, MBPMixin, MBPSeq2SeqTrainer, MBPTrainer, check_equivalence
 from tests.helpers import (
     Pad,
     Recorder,
@@ -167,6 +167,25 @@ def test_an_own_loader_of_batches_is_not_split_and_still_exact(accumulation: int
     _, gradients, num_micro_batches = run(trainer)
     assert num_micro_batches == accumulation
     assert relative_error(expected, gradients) < 3e-6
+
+
+def test_an_own_loader_may_be_a_list_of_batches(tmp_path: Path) -> None:
+    """What `Trainer` takes, too: it reads batches, and asks for a data set only if there is one."""
+    rows = with_labels(token_rows(48), lambda index, _: index % 3)
+
+    class OwnBatches:
+        def get_train_dataloader(self) -> Any:
+            return [Pad()(rows[start : start + 16]) for start in range(0, 48, 16)]
+
+    losses = []
+    for kind in (Trainer, MBPTrainer):
+        trainer_class = type("Own", (OwnBatches, kind), {})
+        arguments_ = arguments(tmp_path, max_steps=-1, num_train_epochs=1)
+        trainer = trainer_class(model=classifier(), args=arguments_, train_dataset=rows, data_collator=Pad())
+        losses.append(trainer.train().metrics["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    with pytest.raises(ValueError, match="returns ready-made batches"):
+        check_equivalence(trainer)
 
 
 def test_the_cap_is_kept_by_collators_that_pad_to_more(tmp_path: Path) -> None:
