@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,7 +32,6 @@ class Prefetch:
     def __init__(self, device: torch.device, *, pins: bool) -> None:
         self._device = device
         self._pins = pins
-        self._stream: Any = None
         self._left: deque[MicroBatch] = deque()
         self._ahead: Inputs | None = None
 
@@ -65,10 +65,7 @@ class Prefetch:
 
     def _copied(self, inputs: Inputs) -> Inputs:
         """On their way to the device; the host does not wait for them."""
-        device_module = torch.get_device_module(self._device)
-        if self._stream is None:
-            self._stream = device_module.Stream(self._device)
-        with device_module.stream(self._stream):
+        with torch.get_device_module(self._device).stream(_copying_stream(self._device)):
             return {name: self._moved(value) for name, value in inputs.items()}
 
     def _moved(self, value: Any) -> Any:
@@ -84,10 +81,16 @@ class Prefetch:
     def _hand_over(self, inputs: Inputs) -> None:
         """Has the stream that computes wait for the copies, and the allocator know that it uses them."""
         computing = torch.get_device_module(self._device).current_stream(self._device)
-        computing.wait_stream(self._stream)
+        computing.wait_stream(_copying_stream(self._device))
         for tensor in _tensors_in(inputs):
             if tensor.device.type == self._device.type:
                 tensor.record_stream(computing)
+
+
+@cache
+def _copying_stream(device: torch.device) -> Any:
+    """The stream that inputs are copied on. One for all: memory that was used on a stream is kept for that stream."""
+    return torch.get_device_module(device).Stream(device)
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:

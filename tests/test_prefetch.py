@@ -33,8 +33,11 @@ class Device:
         self._is_aside = False
 
     class Stream:
+        made = 0
+
         def __init__(self, device: torch.device) -> None:
             self.device = device
+            Device.Stream.made += 1
 
     @contextmanager
     def stream(self, stream: Any) -> Iterator[None]:
@@ -67,6 +70,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Device]:
 
     def taken(kind: str) -> Device:
         notes = Device()
+        prefetch._copying_stream.cache_clear()
+        monkeypatch.setattr(Device.Stream, "made", 0)
         monkeypatch.setattr(prefetch, "HAVE_STREAMS", (kind,))
         monkeypatch.setattr(torch, "get_device_module", lambda _: notes)
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: notes.pin(tensor), raising=False)
@@ -104,6 +109,17 @@ def test_the_next_one_is_copied_before_this_one_runs(device: Callable[[str], Dev
         *(*hand_over, *copy, "run 2"),
         *(*hand_over, "run 1"),
     ]
+
+
+def test_there_is_one_stream_for_all_mini_batches(device: Callable[[str], Device]) -> None:
+    """Each would keep memory of its own, and a loop without a Trainer copies each mini-batch anew."""
+    device("meta")
+    for _ in range(3):
+        ahead, one = Prefetch(META, pins=True), micro_batch(2)
+        ahead.start([one])
+        with ahead.on_device(one) as inputs:
+            assert inputs["input_ids"].device == META
+    assert Device.Stream.made == 1
 
 
 def test_memory_is_pinned_only_if_asked_for(device: Callable[[str], Device]) -> None:
