@@ -65,7 +65,7 @@ def _fitted(measured: Sequence[Measured]) -> Budget:
     best, least = np.zeros(2), np.inf
     for terms in TERMS if _widths_differ(growing) else TERMS[1:2]:
         solution = _solution(shapes / sizes[:, None], list(terms))
-        error = float(np.abs(shapes @ solution / sizes - 1).max())
+        error = float(np.abs((shapes * solution).sum(axis=1) / sizes - 1).max())
         if (solution >= 0).all() and error < least - TOLERANCE:
             best, least = solution, error
     return Budget(bytes_fixed=float(floor), bytes_per_cell=float(best[0]), bytes_per_pair=float(best[1]))
@@ -77,9 +77,25 @@ def _widths_differ(measured: Sequence[Measured]) -> bool:
 
 
 def _solution(relative: Floats, terms: list[int]) -> Floats:
-    """Least squares of relative errors with only some of the terms, the columns brought to one size."""
+    """Least squares of relative errors with only some of the terms, the columns brought to one size.
+
+    By hand: the first call of one of NumPy's own solvers or products has OpenBLAS take 32 MiB of address space, and end
+    the process where `RLIMIT_AS` does not leave them in one piece.
+    """
     scale = relative[:, terms].max(axis=0)
-    values = np.linalg.lstsq(relative[:, terms] / scale, np.ones(len(relative)), rcond=None)[0]
     solution = np.zeros(relative.shape[1])
-    solution[terms] = values / scale
+    solution[terms] = _least_squares(relative[:, terms] / scale) / scale
     return solution
+
+
+def _least_squares(columns: Floats) -> Floats:
+    """The factors with which one or two columns best add up to ones; zeros for two that are alike."""
+    first, last = columns[:, 0], columns[:, -1]
+    a, b, c = (first * first).sum(), (first * last).sum(), (last * last).sum()
+    if columns.shape[1] == 1:
+        return np.array([first.sum() / a])
+    determinant = a * c - b * b
+    if determinant <= TOLERANCE * a * c:
+        return np.zeros(2)
+    factors: Floats = np.array([c * first.sum() - b * last.sum(), a * last.sum() - b * first.sum()]) / determinant
+    return factors

@@ -1,15 +1,18 @@
 """Bytes of any shape are fitted to a few that were measured, never too small for those, and close for others."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import BertForMaskedLM
 
-from hf_mbp.fit import SAFETY, fit_budget, held_out_error
+from hf_mbp.fit import SAFETY, _least_squares, fit_budget, held_out_error
 from hf_mbp.memory import measure_activations
 from hf_mbp.sizing import probe_shapes
 from tests.examples import examples
@@ -147,3 +150,34 @@ def test_shapes_that_are_measured_are_small_and_differ(longest: int, is_cut: boo
     assert all(rows >= 2 and width <= longest for rows, width in [*fitted, held_out])
     assert not is_cut or longest == 1 or fitted[-1][1] >= 2 * fitted[0][1]
     assert not is_cut or all(rows * width <= 1024 for rows, width in [*fitted, held_out])
+
+
+@given(
+    columns=st.lists(st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)), min_size=2, max_size=5),
+    count=st.integers(1, 2),
+)
+@quick
+def test_least_squares_are_those_of_numpy(columns: list[tuple[float, float]], count: int) -> None:
+    chosen = np.array(columns)[:, :count]
+    expected, _, rank, singular = np.linalg.lstsq(chosen, np.ones(len(columns)), rcond=None)
+    assume(rank == count and singular[-1] > 1e-3 * singular[0])
+    np.testing.assert_allclose(_least_squares(chosen), expected, rtol=1e-6, atol=1e-6)
+
+
+IN_LITTLE_ADDRESS_SPACE = """
+import resource
+from hf_mbp.fit import fit_budget
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 8 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+print(fit_budget([(2, 32, 5000), (16, 32, 30000), (2, 512, 90000)], max_bytes=10**6).tokens_at(100))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is read from /proc")
+def test_a_budget_is_fitted_where_there_is_no_address_space_left() -> None:
+    """OpenBLAS would end the process: it takes 32 MiB in one piece when it is first called."""
+    command = [sys.executable, "-c", IN_LITTLE_ADDRESS_SPACE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - its own text
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
