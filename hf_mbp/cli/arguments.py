@@ -127,7 +127,7 @@ class DataArguments:
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "a file instead: .csv, .tsv, .json, .jsonl, .ndjson, .parquet, .txt, also .gz, .xz, .bz2, .zst;"
+            "help": "a file instead: .csv, .tsv, .json, .jsonl, .ndjson, .parquet, .txt, also .gz, .xz, .bz2;"
             " or a folder of images, in it one for each class;"
             " its path is relative to the working directory or to the recipe"
         },
