@@ -19,7 +19,7 @@ ROWS_TO_CHOOSE_FROM = 8
 """Rows that are read for each that is compared, so that there are short ones of unlike lengths and labels."""
 
 NOT_EXPLAINED = (
-    "What the reason is cannot be tried while the model is spread over several processes: run scripts/check.py, or "
+    "What the reason is cannot be tried while the model is spread over several processes: run hf-mbp check, or "
     "check_equivalence(trainer), in one process."
 )
 

@@ -52,7 +52,7 @@ class StartCheck:
         if wrapped.is_sharded(self._trainer) and not wrapped.is_fsdp2(self._trainer):
             return (
                 "Exactness was not checked: a model that DeepSpeed runs, or that was sharded when loaded, cannot be "
-                "tried. Run scripts/check.py, or check_equivalence(trainer), once in one process."
+                "tried. Run hf-mbp check, or check_equivalence(trainer), once in one process."
             )
         report, outcome = None, ""
         try:
@@ -62,7 +62,7 @@ class StartCheck:
         except Exception as error:
             if not is_out_of_memory(error) or wrapped.is_fsdp2(self._trainer):  # whose ranks compare in lockstep
                 raise
-            outcome = "Exactness was not checked: there was no memory for it. Run scripts/check.py once on its own."
+            outcome = "Exactness was not checked: there was no memory for it. Run hf-mbp check once on its own."
         if report is None:
             give_back_memory()
         is_exact = all(exact for (exact,) in self._ranks.gather(report is None or report.is_exact))

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from accelerate import Accelerator
 from transformers import BertForSequenceClassification, BertModel, TrainingArguments
 
 from hf_mbp import MBPConfig, MBPTrainer
+from hf_mbp.cli.arguments import DataArguments
+from hf_mbp.cli.tasks import TASKS
 from hf_mbp.distributed import Ranks
 from hf_mbp.report import StepReport
 from tests.contrastive import pair_rows
@@ -46,6 +49,14 @@ def test_the_options_are_those_there_are() -> None:
     page = (DOCS / "options.md").read_text()
     listed = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", page, flags=re.MULTILINE)
     assert {name: ast.literal_eval(default) for name, default in listed} == vars(MBPConfig())
+
+
+def test_the_tasks_are_those_there_are() -> None:
+    page = (ROOT / "recipes" / "README.md").read_text().partition("## Tasks")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", page, flags=re.MULTILINE)
+    assert sorted(task for task, _ in rows) == sorted(TASKS)
+    columns = {option for _, options in rows for option in re.findall(r"`(\w+_column)`", options)}
+    assert columns == {field.name for field in fields(DataArguments) if field.name.endswith("_column")}
 
 
 def test_what_is_logged_is_listed() -> None:

@@ -72,6 +72,7 @@ LAYERS = [
     "padding_free",
     "precollated",
     "padding",
+    "loss_value",
     "distributed",
     "collate",
     "calibration",
@@ -80,6 +81,7 @@ LAYERS = [
     "moves",
     "orders",
     "json_fields",
+    "byte_sizes",
     "other_trainers",
 ]
 """From the top down. A module imports only modules further down; `cli` is a package, and imports within it are its own
@@ -155,6 +157,7 @@ def test_the_parser_sees_the_imports_there_are() -> None:
         ("cuts", {"torch", "transformers", "accelerate", "datasets"}),
         ("moves", {"torch", "transformers", "accelerate", "datasets"}),
         ("orders", {"torch", "transformers", "accelerate", "datasets"}),
+        ("byte_sizes", {"torch", "transformers", "accelerate", "datasets"}),
         ("step", {"transformers", "accelerate", "datasets"}),
         ("distributed", {"transformers", "datasets"}),
     ],

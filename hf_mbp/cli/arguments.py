@@ -1,4 +1,4 @@
-"""The options of the fine-tuning script that neither TrainingArguments nor MBPConfig has."""
+"""The options of `hf-mbp train` that neither TrainingArguments nor MBPConfig has."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class ModelArguments:
     )
     lora_r: int = field(default=16, metadata={"help": "rank of the adapters"})
     lora_alpha: int = field(default=32, metadata={"help": "what they add counts lora_alpha / lora_r times"})
-    lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the adapters, 0 to 1"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the adapters, from 0 to below 1"})
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "layers that get adapters, or all-linear; unset: those that PEFT knows to suit the model"},
@@ -127,7 +127,7 @@ class DataArguments:
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "a file instead: .csv, .tsv, .json, .jsonl, .parquet, .txt, also .gz, .xz, .bz2;"
+            "help": "a file instead: .csv, .tsv, .json, .jsonl, .ndjson, .parquet, .txt, also .gz, .xz, .bz2;"
             " or a folder of images, in it one for each class;"
             " its path is relative to the working directory or to the recipe"
         },
@@ -143,10 +143,15 @@ class DataArguments:
     label_column: str = field(
         default="label", metadata={"help": "classification: column with the label, a name or an integer"}
     )
-    prompt_column: str | None = field(default=None, metadata={"help": "language modeling: what the user says"})
-    answer_column: str | None = field(default=None, metadata={"help": "language modeling: what the model is to answer"})
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "language modeling, instructions, preferences: what the user says"}
+    )
+    answer_column: str | None = field(
+        default=None, metadata={"help": "language modeling, instructions: what the model is to answer"}
+    )
     messages_column: str | None = field(
-        default=None, metadata={"help": "language modeling: whole conversations, lists of {role, content}"}
+        default=None,
+        metadata={"help": "language modeling, instructions: whole conversations, lists of {role, content}"},
     )
     image_column: str = field(default="image", metadata={"help": "image classification: column with the image"})
     source_column: str = field(

@@ -25,7 +25,7 @@ _BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {}),
 }
-_COMPRESSED = frozenset((".gz", ".xz", ".bz2", ".zst"))
+_COMPRESSED = frozenset((".gz", ".xz", ".bz2"))
 # What the message of a reader leaves out; spreadsheets of many countries save semicolons and encodings of their own.
 _WANTED = {"csv": "; save it as UTF-8, with commas between the cells (.csv) or tabs (.tsv)"}
 
@@ -64,7 +64,7 @@ def load_file(path: Path) -> Dataset:
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in _BUILDERS:
-        raise UserError(f"{path}: unknown kind of file; use {', '.join(_BUILDERS)}, also with .gz, .xz, .bz2 or .zst")
+        raise UserError(f"{path}: unknown kind of file; use {', '.join(_BUILDERS)}, also with .gz, .xz or .bz2")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty")
     builder, options = _BUILDERS[suffixes[-1]]

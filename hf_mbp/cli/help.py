@@ -17,8 +17,8 @@ _NAME_WIDTH = 28
 _TRAIN = """\
 usage: hf-mbp train [RECIPE.yaml] [--option value ...]
 
-Fine-tune a model with micro-batches that fit the device and waste almost nothing on padding. A recipe is a flat YAML
-file of the options below; what the command line says wins.
+Fine-tune a model with micro-batches that fit the device and waste little on padding. A recipe is a flat YAML file of
+the options below; what the command line says wins.
 
   hf-mbp train RECIPE.yaml --dry_run                    all but training: reads, loads, shows the plan
   hf-mbp train RECIPE.yaml                              one process

@@ -33,7 +33,7 @@ HELP_WORDS = ("-h", "--help")
 HELP = """\
 usage: hf-mbp COMMAND [...]
 
-Any batch size on any device: the Hugging Face Trainer with micro-batches that fit, are exact, and waste little.
+The batch size you choose: the Hugging Face Trainer with micro-batches that fit the device, are exact, and waste little.
 
 {commands}
 

@@ -20,10 +20,11 @@ Entry = dict[str, Any]
 """Of the summary: one contestant in one place."""
 
 INTRODUCTION = """\
-# Speed, memory and loss beside the stock Trainer
+# Speed, memory and loss beside the stock Trainer: {workloads}
 
-Written by `scripts/benchmark.py`; run it again to measure on your machine. All that was measured is in
-[{name}.json]({name}.json).
+How fast `MBPTrainer` trains beside other ways to train the same rows, how much memory each takes, and which loss it
+reaches. Written by `scripts/benchmark.py`; run it again to measure on your machine. All that was measured is in
+[{name}.json]({name}.json). The tables are [below](#{first}); first, how to read them.
 
 Each measurement is a process of its own: a warm-up step of short rows, then whole epochs. {turns} All train the same
 rows with the same optimizer (AdamW, {precision}, with the model's dropout), and with the default options but for what
@@ -84,6 +85,8 @@ def page(report: Report, name: str) -> str:
     settings = report["settings"]
     introduction = INTRODUCTION.format(
         name=name,
+        workloads=", ".join(places(report)),
+        first=next(iter(places(report))),
         turns=TURNS.format(count=repetitions) if (repetitions := settings["repetitions"]) > 1 else ONE_TURN,
         precision=PRECISION[settings["dtype"]],
         memory=MEMORY[settings["device"]],

@@ -17,8 +17,6 @@ Results = list[dict[str, Any]]
 INTRODUCTION = """\
 # The claim of the paper, reproduced
 
-Written by `scripts/paper_claim.py`; run it again to measure on your machine.
-
 [Piao et al.](https://arxiv.org/abs/2110.12484) claim that with micro-batches a mini-batch may be far larger than what
 fits the memory, and that the model learns as if it did fit. Here the mini-batch is the whole data set. The limit is
 real: once model and data are there, the process may take only so many MiB more (`RLIMIT_AS` on a CPU, the fraction of
@@ -30,6 +28,8 @@ activations stand the gradients of the rows before it, and a tenth of the limit 
 
 Each run is a process of its own, in float32 and without dropout. On a CPU glibc was told to return freed tensors to the
 system (`MALLOC_MMAP_THRESHOLD_=131072`), for either trainer: else its peak depends on how freed pieces happen to fit.
+
+Written by `scripts/paper_claim.py`; run it again to measure on your machine.
 """
 
 

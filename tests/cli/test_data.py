@@ -58,6 +58,7 @@ def test_lines_of_text(tmp_path: Path) -> None:
         ("rows.xls", b"x", r"rows.xls: unknown kind of file; use .csv, .tsv, .json"),
         ("rows", b"x", "rows: unknown kind of file"),
         ("rows.gz", b"x", "rows.gz: unknown kind of file"),
+        ("rows.jsonl.zst", b"x", r"rows.jsonl.zst: unknown kind of file; .* also with .gz, .xz or .bz2$"),
         ("rows.csv", b"", "rows.csv is empty"),
         (
             "rows.csv",

@@ -3,7 +3,6 @@
 The ranks are started one by one, as by SLURM or mpirun, so that nothing but the library can end them.
 """
 
-import multiprocessing
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.failing_worker import train_as_rank
-from tests.distributed.launching import run
+from tests.distributed.launching import fork_server, run
 
 TIMEOUT = 8.0
 """The `rank_timeout` of most runs, in seconds; long enough for a machine with other work to do."""
@@ -55,9 +54,7 @@ Start = Callable[..., Ranks]
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts ranks; those that are left at the end of the test are killed."""
-    # Forked from a process that has imported everything: a start takes a tenth of a second.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed.failing_worker"])
+    context = fork_server()
     processes: list[BaseProcess] = []
 
     def start_ranks(way: str, *, failing: int, num_ranks: int = 2, seconds: float = TIMEOUT) -> Ranks:
