@@ -3,7 +3,7 @@
 import copy
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -41,7 +41,7 @@ class StandIns:
     Args:
         modules: to be run on the side.
         half_as: the dtype of the copies of floating tensors in half precision; `None` for their own.
-        beside: bytes on each device that have to be left beside the copies of parameters, or these are not made.
+        beside: bytes on each device that have to be left beside the copies of parameters, or fewer or none are made.
     """
 
     def __init__(self, modules: list[nn.Module], half_as: torch.dtype | None = None, *, beside: int = 0) -> None:
@@ -66,10 +66,10 @@ class StandIns:
         self.remember()
 
     def _put_in(self) -> None:
-        are_copied = not self._is_sharded and self._have_room()
+        are_copied = self._to_be_copied()
         for module, name, parameter in self._parameters:
             parameter.grad = None
-            if are_copied and type(parameter) is nn.Parameter:
+            if id(parameter) in are_copied:
                 setattr(module, name, self._copy(parameter))
         for module, name, buffer in self._buffers:
             module._buffers[name] = self._copy(buffer)
@@ -77,10 +77,21 @@ class StandIns:
             for name, value in holder.tensors():
                 vars(holder.owner)[name] = self._copy(value)
 
-    def _have_room(self) -> bool:
-        """Whether the copies of the parameters fit; where not, what a forward pass does to parameters stays."""
+    def _to_be_copied(self) -> set[int]:
+        """Parameters whose copies fit: all, those that are trained, or none. What a forward pass does to others stays.
+
+        In another dtype it is all or none of them.
+        """
+        if self._is_sharded:
+            return set()
+        plain = {id(parameter): parameter for *_, parameter in self._parameters if type(parameter) is nn.Parameter}
+        trained = {key: parameter for key, parameter in plain.items() if parameter.requires_grad}
+        choices = [plain, trained] if self._half_as is None else [plain]
+        return next((set(chosen) for chosen in choices if self._have_room(chosen.values())), set())
+
+    def _have_room(self, parameters: Iterable[nn.Parameter]) -> bool:
         needed: dict[torch.device, int] = {}
-        for parameter in {id(parameter): parameter for _, _, parameter in self._parameters}.values():
+        for parameter in parameters:
             size = parameter.numel() * torch.empty(0, dtype=self._dtype(parameter)).element_size()
             needed[parameter.device] = needed.get(parameter.device, 0) + size
         return all(
@@ -215,7 +226,7 @@ def undisturbed(modules: list[nn.Module], *, half_as: torch.dtype | None = None,
 
     Parameters, gradients, buffers, attributes and training flags of the modules, the fields of their configurations,
     and the random states of Python, numpy and torch, on every device that the modules are on. Parameters are not
-    copied where there is no room for it and `beside` bytes more, nor sharded ones.
+    copied where there is no room for it and `beside` bytes more, frozen ones first, nor sharded ones.
     """
     with own_random_numbers(modules):
         stand_ins = StandIns(modules, half_as, beside=beside)

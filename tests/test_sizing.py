@@ -240,14 +240,16 @@ def test_copies_leave_half_of_the_room_to_what_is_measured(tmp_path: Path, monke
     were_copied = []
 
     def noted(module: Any, *_: Any) -> None:
-        were_copied.append(all(id(parameter) not in own for parameter in module.parameters()))
+        were_copied.append({p.requires_grad: id(p) not in own for p in module.parameters()})
 
     model.register_forward_pre_hook(noted)
-    for free, is_copied in ((3 * weights, True), (1.5 * weights, False)):
-        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: int(free))
+    for free, copied in ((3, {True: True, False: True}), (1.5, {True: True, False: False})):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: int(free * weights))
         trainer = unsized(model, rows, tmp_path)
         measure_budget(trainer, rows, trainer.mbp_rows.sizes(rows))
-        assert set(were_copied) == {is_copied}
+        assert were_copied
+        assert all(one == copied for one in were_copied)
+        assert {id(parameter) for parameter in model.parameters()} == own
         were_copied.clear()
 
 
