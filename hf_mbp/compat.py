@@ -411,8 +411,8 @@ def checkpointed(model: Any) -> Iterator[None]:
     """Activation checkpointing for a while. Non-reentrant: with random numbers, gradients and hooks as without.
 
     The methods were called `gradient_checkpointing_*` before transformers 5.24. To enable it also registers hooks by
-    which embeddings, frozen or not, pass on gradients; to disable it leaves them there, one more each time. They are
-    for reentrant checkpointing, and taken away at once.
+    which embeddings, frozen or not, pass on gradients: models whose own code checkpoints reentrantly need them. To
+    disable it leaves them there, one more each time, and frozen layers would be differentiated from then on.
     """
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     enable, disable = (getattr(model, f"{name}_checkpointing_{what}") for what in ("enable", "disable"))
@@ -420,13 +420,13 @@ def checkpointed(model: Any) -> Iterator[None]:
     handles = {key: owner[key] for key in INPUT_GRADIENT_HOOKS if key in owner}
     before = {module: set(module._forward_hooks) for module in model.modules()}
     enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
-    for module, hooks in before.items():
-        for added in module._forward_hooks.keys() - hooks:
-            del module._forward_hooks[added]
+    added = [(module, key) for module, keys in before.items() for key in module._forward_hooks.keys() - keys]
     try:
         yield
     finally:
         disable()
+        for module, hook in added:
+            module._forward_hooks.pop(hook, None)
         for key in INPUT_GRADIENT_HOOKS:
             owner.pop(key, None)
         owner.update(handles)
