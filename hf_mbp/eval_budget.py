@@ -10,6 +10,7 @@ from hf_mbp.byte_sizes import parse_memory_limit
 from hf_mbp.collate import Inputs, num_rows_of
 from hf_mbp.eval_batch import EvalBatch
 from hf_mbp.fit import Measured, fit_budget
+from hf_mbp.out_of_memory import unless_out_of_memory
 from hf_mbp.padding import can_be_cut, cut_columns, with_padding
 from hf_mbp.plan import Budget
 from hf_mbp.row_outputs import num_bytes
@@ -24,7 +25,7 @@ def inference_budget(trainer: Any, batch: EvalBatch, run: Callable[[Inputs], Any
 
     Activations are freed layer by layer, but logits have an entry for each word of the vocabulary. On a CPU the
     outputs of the whole batch take memory beside them. Where no memory is left rows run one by one: an evaluation
-    before training leaves it to the training to refuse.
+    before training leaves it to the training to refuse. All but the smallest may run out of it, and are then left out.
 
     Args:
         trainer: has the options and the device.
@@ -39,7 +40,10 @@ def inference_budget(trainer: Any, batch: EvalBatch, run: Callable[[Inputs], Any
         num_rows = num_rows_of(inputs) // batch.rows_each
         cells = replace(batch, inputs=inputs).cells
         outputs: list[Any] = []
-        size = memory.measure_activations(partial(_run, run, inputs, outputs))
+        measure = partial(memory.measure_activations, partial(_run, run, inputs, outputs))
+        size = unless_out_of_memory(measure) if measured else measure()
+        if size is None:
+            continue
         measured.append((num_rows, -(-cells // num_rows), size))
         per_cell = max(per_cell, num_bytes(outputs) / cells)
     room = _room(trainer)

@@ -4,10 +4,13 @@ import ctypes
 import gc
 import re
 import sys
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 MESSAGES = (
     "can't allocate memory",  # torch's allocator of CPU memory
@@ -63,6 +66,17 @@ def give_back_memory() -> None:
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
     trim_heap()
+
+
+def unless_out_of_memory(run: Callable[[], Result]) -> Result | None:
+    """What `run` returns; `None` if memory ran out, which has been given back by then."""
+    try:
+        return run()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    give_back_memory()  # outside of the except block
+    return None
 
 
 def trim_heap() -> None:

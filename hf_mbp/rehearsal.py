@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.collate import Batch
 from hf_mbp.control import AIM_OF_ONE, Reading, after_failure, corrected
 from hf_mbp.gauge import Gauge
-from hf_mbp.out_of_memory import is_out_of_memory
+from hf_mbp.out_of_memory import unless_out_of_memory
 from hf_mbp.padding import with_padding
 from hf_mbp.plan import Cost, planned_groups
 from hf_mbp.probe import loss_of, modules_of
@@ -68,7 +69,6 @@ def rehearse(trainer: Any, profile: Profile, gauge: Gauge, cost: Cost, num_rows:
         taken = _taken(trainer, worst, gauge)
         if taken is not None:
             return _corrected(profile, worst, taken, step)
-        gauge.release()
         profile = after_failure(profile, len(worst.rows), worst.width, step)
     return profile
 
@@ -107,12 +107,7 @@ def worst_of(trainer: Any, rows: list[Any], profile: Profile, cost: Cost) -> Wor
 
 def _taken(trainer: Any, worst: Worst, gauge: Gauge) -> int | None:
     """Bytes that the micro-batch took beside weights and gradients, 0 if unknown; `None` if there were not enough."""
-    try:
-        return _run(trainer, worst, gauge)
-    except (RuntimeError, MemoryError) as error:  # the frames of its traceback hold tensors: nothing is done here
-        if not is_out_of_memory(error):
-            raise
-    return None
+    return unless_out_of_memory(partial(_run, trainer, worst, gauge))
 
 
 def _run(trainer: Any, worst: Worst, gauge: Gauge) -> int:

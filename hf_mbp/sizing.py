@@ -1,6 +1,7 @@
 """Applies planning and memory to the user's model: what its micro-batches cost and how large they may be."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from hf_mbp.collate import num_rows_of
 from hf_mbp.fit import Measured, fit_budget, held_out_error
 from hf_mbp.gauge import Gauge
 from hf_mbp.optimizer_memory import step_bytes
-from hf_mbp.out_of_memory import give_back_memory, is_out_of_memory
+from hf_mbp.out_of_memory import unless_out_of_memory
 from hf_mbp.padding import can_be_cut, cut_columns, with_padding
 from hf_mbp.plan import Budget, Cost, Ints, Layout
 from hf_mbp.probe import loss_of, modules_of
@@ -158,7 +159,8 @@ def measure_budget(trainer: Any, rows: list[Any], sizes: Ints) -> Sizing:
         measured = [_measure(trainer, row, *fitted[0], is_cut=is_cut)]
         for shape in (*fitted[1:], held_out):
             if is_cut or shape[0] / measured[0][0] * measured[0][2] < most:
-                measured += _measured_if_it_fits(trainer, row, *shape, is_cut=is_cut)
+                further = unless_out_of_memory(partial(_measure, trainer, row, *shape, is_cut=is_cut))
+                measured += [] if further is None else [further]
     error = held_out_error(measured[:-1], measured[-1]) if len(measured) > len(fitted) else None
     Gauge(trainer.args.device).release()  # what was needed to measure is not what training holds
     room = _room(trainer)
@@ -197,17 +199,6 @@ def _room(trainer: Any) -> memory.Room:
 def _can_be_cut(trainer: Any, row: Any) -> bool:
     (inputs,) = trainer.mbp_rows.collate([[row, row]])
     return can_be_cut(inputs) and num_rows_of(inputs) == 2
-
-
-def _measured_if_it_fits(trainer: Any, row: Any, num_rows: int, width: int, *, is_cut: bool) -> list[Measured]:
-    """What `_measure` says; nothing if memory ran out."""
-    try:
-        return [_measure(trainer, row, num_rows, width, is_cut=is_cut)]
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    give_back_memory()
-    return []
 
 
 def _measure(trainer: Any, row: Any, num_rows: int, width: int, *, is_cut: bool) -> Measured:

@@ -751,6 +751,26 @@ def test_an_evaluation_without_a_budget_is_sized_from_memory(tagger: Any, tmp_pa
     assert_same(whole, trainer.predict(TAGGED), TAGGED)
 
 
+def test_what_there_is_no_memory_for_is_not_measured(
+    tagger: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+    measure = memory.measure_activations
+
+    def scarce(run: Any) -> int:
+        size = measure(run)
+        if measured:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+        measured.append(size)
+        return size
+
+    monkeypatch.setattr(memory, "measure_activations", scarce)
+    trainer = trainer_of(MBPTrainer, tagger, tmp_path, max_tokens_per_micro_batch=None, memory_limit="100TB")
+    whole = trainer_of(Trainer, tagger, tmp_path).predict(TAGGED)
+    assert_same(whole, trainer.predict(TAGGED), TAGGED)
+    assert len(measured) == 1
+
+
 def test_less_memory_makes_smaller_micro_batches(tagger: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = trainer_of(Trainer, tagger, tmp_path).predict(TAGGED)
     most, num_probes = [], 8 + 4  # of the trial, and to measure

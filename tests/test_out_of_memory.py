@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_mbp.out_of_memory import give_back_memory, is_out_of_memory, reason_of
+from hf_mbp.out_of_memory import give_back_memory, is_out_of_memory, reason_of, unless_out_of_memory
 
 
 def raised(run: object) -> BaseException:
@@ -60,3 +60,13 @@ def test_a_long_message_is_cut_between_words() -> None:
 
 def test_memory_is_given_back_without_a_device() -> None:
     give_back_memory()
+
+
+def test_what_runs_out_of_memory_returns_nothing_and_other_errors_pass() -> None:
+    def failing(error: Exception) -> None:
+        raise error
+
+    assert unless_out_of_memory(lambda: 7) == 7
+    assert unless_out_of_memory(lambda: failing(torch.OutOfMemoryError("CUDA out of memory."))) is None
+    with pytest.raises(RuntimeError, match="a bug"):
+        unless_out_of_memory(lambda: failing(RuntimeError("a bug")))
