@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from hf_mbp import collate, compat, refusals, wrapped
+from hf_mbp import collate, compat, memory, refusals, wrapped
 from hf_mbp.accumulation import Float32Sums, half_precision
 from hf_mbp.collate import Collator, Inputs
 from hf_mbp.distributed import Ranks
@@ -108,6 +108,7 @@ def run_mini_batch(
     Example: `scripts/accelerate_loop.py`.
     """
     _refuse(rows, accelerator, max_tokens)
+    memory.keep_address_space_free()
     if accumulate_in_fp32:
         refusals.refuse_float32_sums(is_sharded=wrapped.shards(accelerator))
     base = accelerator.unwrap_model(model)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from hf_mbp.accumulation import half_precision
 from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.optimizer_memory import state_bytes
-from hf_mbp.out_of_memory import unused_heap_bytes
+from hf_mbp.out_of_memory import map_large_blocks, unused_heap_bytes
 
 if sys.platform != "win32":
     import resource
@@ -99,6 +99,16 @@ def _own_limits() -> list[tuple[int, int]]:
     # freed blocks in the middle of the heap still count for the limit, and the next tensors go there
     used = int(psutil.Process().memory_info().vms) - unused_heap_bytes()
     return [(address_space, max(0, used))]
+
+
+def keep_address_space_free() -> None:
+    """Where `RLIMIT_AS` holds, has freed tensors leave the address space at once.
+
+    Else the heap grows up to the limit, and what is not taken from it fails from then on, however small: the kernels
+    that oneDNN compiles are mapped.
+    """
+    if _own_limits():
+        map_large_blocks()
 
 
 _GROUPS = Path("/proc/self/cgroup")

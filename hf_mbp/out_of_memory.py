@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -83,6 +84,23 @@ def trim_heap() -> None:
     """Hands the host memory that the C library keeps back to the system; does nothing where it is not glibc."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
+
+
+LARGE_BLOCK = 2**20
+"""Bytes from which a block leaves the address space when it is freed, once `map_large_blocks` was called."""
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
+def map_large_blocks() -> None:
+    """Has the C library map large blocks one by one, as long as the process lives; only glibc can be told to.
+
+    By itself it takes larger and larger ones from the heap, up to 32 MiB, and a block in use above it keeps the address
+    space of all that was freed below. Mapped blocks cost page faults. Where the user has set the size, it stays.
+    """
+    is_set = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
+    if not is_set and (libc := _glibc()) is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 class _HeapCounts(ctypes.Structure):

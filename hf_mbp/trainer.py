@@ -137,6 +137,7 @@ class MBPMixin(_Base):
         """One run of the loop; `auto_find_batch_size` runs it again, with fewer rows, after running out of memory."""
         refusals.warn_of_smaller_batch(self._batch_size_before, batch_size)
         self._batch_size_before = batch_size
+        memory.keep_address_space_free()
         self.mbp_feed.restart()
         self._runner.restart()
         return super()._inner_training_loop(batch_size, *args, **kwargs)
@@ -186,7 +187,7 @@ class MBPMixin(_Base):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The stock loop, whose batches `prediction_step` splits."""
-        with self._evaluation.loop():
+        with watched_ranks(self._ranks.count, self.mbp_config.rank_timeout), self._evaluation.loop():
             return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(

@@ -3,13 +3,13 @@
 Without it a rank that fails leaves the others in a collective, which ends when `ddp_timeout` is over (half an hour) or,
 where the connection breaks, with an error that speaks of the network and not of the cause.
 
-Two daemon threads on each rank, while `train()` runs:
+Two daemon threads on each rank, while `train()`, `evaluate()` or `predict()` runs:
 
 * one talks with the store of torch.distributed, over a connection of its own: it gives a sign of life, looks for the
   one of the next rank (each rank watches one other, so the traffic is three requests a turn), and reads the verdict;
 * one judges, and never waits for the store, which may be gone with its host.
 
-The verdict is one line, written by whoever knows first: a rank whose `train()` raises, or the one that hears nothing of
+The verdict is one line, written by whoever knows first: a rank on which that raises, or the one that hears nothing of
 the next. A rank that reads it ends, after a time for its own exception to come and be shown.
 
 No clocks are compared, not even one with itself: silence is counted in turns that this process had and the other did
@@ -45,14 +45,19 @@ MOST_LETTERS = 300
 """Of an exception, in the verdict; out-of-memory errors go on about settings of the allocator."""
 
 _runs = itertools.count()
+_watching: list["Watch"] = []
+"""The one of this process, if it has one now: an evaluation may be part of a training."""
 
 
 @contextmanager
 def watched_ranks(num_ranks: int, seconds: float) -> Iterator[None]:
     """Has the failure of any rank inside the block end all of them within about `seconds`; 0 turns that off.
 
-    All ranks have to come here equally often.
+    All ranks have to come here equally often. Inside of another such block there is nothing to do.
     """
+    if _watching:
+        yield
+        return
     # Workers that the launcher starts again may find the store of the first attempt.
     name = f"hf_mbp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}"
     store = compat.own_store(name) if num_ranks > 1 and seconds else None
@@ -61,6 +66,7 @@ def watched_ranks(num_ranks: int, seconds: float) -> Iterator[None]:
         return
     watch = Watch(store, torch.distributed.get_rank(), torch.distributed.get_world_size(), seconds=seconds)
     watch.start()
+    _watching.append(watch)
     try:
         yield
     except BaseException as error:
@@ -70,6 +76,8 @@ def watched_ranks(num_ranks: int, seconds: float) -> Iterator[None]:
         atexit.register(end_later, seconds)
         watch.fail(error)
         raise
+    finally:
+        _watching.clear()
     atexit.unregister(end_later)  # of an earlier failure, which was survived
     watch.finish()
 

@@ -273,6 +273,39 @@ def test_an_address_space_limit_bounds_what_is_free() -> None:
     assert "cannot be had: " in done.stdout, done.stderr
 
 
+@pytest.mark.skipif(unused_heap_bytes() == 0, reason="the C library is not glibc")
+@pytest.mark.parametrize(
+    ("is_limited", "said", "leave"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"MALLOC_MMAP_THRESHOLD_": str(2**24)}, False),
+        (True, {"GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={2**24}"}, False),
+    ],
+)
+def test_freed_tensors_leave_a_limited_address_space(is_limited: bool, said: dict[str, str], leave: bool) -> None:
+    """glibc, which has learned from larger ones, would take them from the heap, where a block in use pins them."""
+    script = f"""
+        import resource, psutil, torch
+        from hf_mbp import memory
+        MIB = 2**20
+        if {is_limited}:
+            limit = psutil.Process().memory_info().vms + 1024 * MIB
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        memory.keep_address_space_free()
+        for _ in range(3):
+            torch.ones(7 * MIB)  # 28 MiB, freed at once: from here on smaller ones would come from the heap
+        before = psutil.Process().memory_info().vms
+        tensors = [(torch.ones(MIB // 2), torch.ones(2**14)) for _ in range(100)]  # of 2 MiB, small ones between
+        small = [two for _, two in tensors]
+        del tensors
+        print("kept:", psutil.Process().memory_info().vms - before > 150 * MIB)
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env={**os.environ, **said}, capture_output=True, text=True, timeout=60)  # noqa: S603
+    assert f"kept: {not leave}" in done.stdout, done.stderr
+
+
 @pytest.mark.skipif(unused_heap_bytes() == 0, reason="the C library does not tell what it keeps")
 def test_freed_blocks_of_the_heap_are_free_under_an_address_space_limit() -> None:
     """They keep their address space: a block in use above them pins the heap."""

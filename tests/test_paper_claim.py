@@ -40,6 +40,7 @@ def test_a_mini_batch_as_large_as_the_data_set(tmp_path: Path) -> None:
     assert "| `Trainer` | 192 | 48 MiB | **fails**" in page
 
 
+@pytest.mark.slow
 def test_a_long_run_keeps_under_its_limit(tmp_path: Path) -> None:
     done = run("scripts/long_run.py", "--steps", "12", "--output", str(tmp_path / "long"))
     assert done.returncode == 0, done.stderr[-2000:]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import ParallelismConfig
@@ -49,13 +50,16 @@ STEPS_OF_STREAM = 7
 
 @contextmanager
 def deepspeed_on_cpus() -> Iterator[None]:
-    """Accelerate looks for a GPU when it starts DeepSpeed, which itself runs on CPUs, too."""
-    prepare = PartialState._prepare_backend
-    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
-    try:
+    """Accelerate looks for a GPU when it starts DeepSpeed, which itself runs on CPUs, too.
+
+    There it would compile collectives of its own, in a minute or two; those of gloo do.
+    """
+    backend = ("gloo", DistributedType.MULTI_GPU)
+    with (
+        patch.object(PartialState, "_prepare_backend", lambda *_: backend),
+        patch("deepspeed.comm.torch.build_shm_op", lambda: None),
+    ):
         yield
-    finally:
-        PartialState._prepare_backend = prepare
 
 
 def strategy_of(case: Case) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def leaves() -> None:
 
 WAYS: dict[str, Callable[[], None]] = {
     way.__name__: way for way in (exception, memory, starved, killed, stopped, asleep, busy, leaves)
-} | {"stays": exception}
+} | {"stays": exception, "stays in an evaluation": exception}
 
 
 class Failing(MBPTrainer):
@@ -87,7 +87,7 @@ class Failing(MBPTrainer):
 
 
 def train(folder: Path, way: str, failing_rank: int, rank_timeout: float) -> None:
-    """Ends by whatever the chosen way does to `train()`; with `stays` the failing process lives on."""
+    """Ends by what the chosen way does to `train()` or `evaluate()`; where it `stays` the failing process lives on."""
     trainer = mbp_trainer(
         build(BertForSequenceClassification, bert_config()),
         with_labels(token_rows(64), lambda index, row: index % 2),
@@ -100,9 +100,12 @@ def train(folder: Path, way: str, failing_rank: int, rank_timeout: float) -> Non
     )
     trainer.way, trainer.failing_rank = WAYS[way], failing_rank
     try:
+        if way == "stays in an evaluation":
+            trainer.state.global_step = 1
+            trainer.evaluate(trainer.train_dataset)
         trainer.train()
     except LookupError:
-        if way != "stays":
+        if "stays" not in way:
             raise
         (folder / "stays").touch()
         time.sleep(1000)

@@ -92,9 +92,10 @@ def test_an_exception_ends_the_others_with_its_text(start: Start, failing: int, 
         )
 
 
-def test_a_process_that_lives_on_after_its_exception_ends_the_others(start: Start) -> None:
+@pytest.mark.parametrize("way", ["stays", "stays in an evaluation"])
+def test_a_process_that_lives_on_after_its_exception_ends_the_others(start: Start, way: str) -> None:
     """Its connections stay open, so the others wait in their collective, where no exception reaches them."""
-    ranks = start("stays", failing=1)
+    ranks = start(way, failing=1)
     ranks.wait(0)
     assert ranks.exit_codes() == [1, None]
     assert "failed: LookupError: the cause." in ranks.line(0)
