@@ -6,7 +6,7 @@ import math
 from importlib.util import find_spec
 from typing import Any
 
-from transformers import Seq2SeqTrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_mbp.cli.errors import UserError
@@ -69,6 +69,18 @@ def check_training_arguments(arguments: Any) -> None:
     for name, value in vars(arguments).items():
         if name.endswith("_kwargs") and value is not None and not isinstance(value, dict):
             raise ValueError(f"{name} is {value!r:.60}; write a mapping, such as {{name: value}}")
+    if getattr(arguments, "generation_config", None) is not None:
+        _check_generation_config(arguments.generation_config)
+
+
+def _check_generation_config(value: Any) -> None:
+    try:
+        Seq2SeqTrainer.load_generation_config(value)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"generation_config is {str(value)!r:.60}; write a folder with a generation_config.json, such a file, or a "
+            f"model on the Hub that has one ({error})"
+        ) from error
 
 
 def require_extra(package: str, needed_by: str) -> None:

@@ -163,6 +163,7 @@ def test_a_missing_file_is_named(parser: argparse.ArgumentParser) -> None:
         (["--train_file", "a", "--data_seed", str(2**32)], "data_seed is 4294967296; write a whole number"),
         (["--train_file", "a", "--num_train_epochs", "nan"], "num_train_epochs is nan; write a number from 0"),
         (["--train_file", "a", "--lr_scheduler_kwargs", "x"], "lr_scheduler_kwargs is 'x'; write a mapping"),
+        (["--train_file", "a", "--generation_config", "no/where"], "generation_config is 'no/where'; write a folder"),
         (["--train_file", "a", "--use_cpu", "--deepspeed", "no.json"], "bad option: .*deepspeed"),
     ],
 )
@@ -209,6 +210,6 @@ def test_every_recipe_is_valid(file: Path) -> None:
     read = read_recipe([str(file), "--use_cpu"])
     assert set(yaml.safe_load(file.read_text())) <= set(read.given)
     assert read.data.train_file is None or (file.parent / read.data.train_file).is_file()
-    assert read.train.per_device_train_batch_size >= 16
+    assert read.train.per_device_train_batch_size >= 8
     assert read.train.gradient_accumulation_steps == 1
     assert read.model.config_name is None or Path(read.model.config_name, "config.json").is_file()
