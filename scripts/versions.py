@@ -23,6 +23,9 @@ ROOT = Path(__file__).parents[1]
 TOOLS = ("hypothesis", "optuna", "pytest", "pytest-timeout", "pytest-xdist", "schedulefree", "tensorboard")
 """Of the development extra, what the core of the tests needs."""
 
+FOR_IMAGES = "torchvision"
+"""What reads images with transformers 5.17; 5.24 does without."""
+
 CORE = (
     "tests/cli",
     "tests/contract",
@@ -70,6 +73,7 @@ def commands(which: str, for_pytest: list[str]) -> list[list[str]]:
     needed = project["dependencies"] + extras["recipes"] + extras["trl"]
     needed = [lowest(requirement) for requirement in needed] if which == "lowest" else needed
     tools = [tool for tool in extras["dev"] if name_of(tool) in TOOLS]
+    tools += [FOR_IMAGES] if which == "lowest" else []
     return [
         [os.environ.get("PYTHON", sys.executable), "-m", "venv", "--clear", venv],
         [*pip, *needed, *tools],  # together, so that no tool raises what is to be the lowest

@@ -89,7 +89,7 @@ def as_array(image: Any, num_channels: int, origin: str = "the data") -> Array:
 
 def _numbers(image: Any, origin: str) -> Array:
     try:
-        array = np.asarray(image)
+        array = np.array(image)  # a copy: processors that run on tensors warn of what they may not write into
     except ValueError:  # rows of unlike lengths
         array = np.asarray(None)
     if array.dtype.kind not in "uif" or array.ndim < 2:

@@ -79,3 +79,10 @@ def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
     with pytest.raises(UserError, match="data set sklearn://digits needs scikit-learn; run: pip install scikit-learn"):
         load_digits()
+
+
+def test_an_image_of_pillow_becomes_an_array_of_ones_own() -> None:
+    """Processors that run on tensors share its memory, and torch warns of what cannot be written into."""
+    array = as_array(Image.new("RGB", (4, 3)), num_channels=3)
+    assert array.flags.writeable
+    assert array.shape == (3, 4, 3)
