@@ -356,16 +356,16 @@ def test_dry_run_of_adapters(
 def test_plan(sft: Callable[..., Path], dpo: Callable[..., Path]) -> None:
     cpu = torch.device("cpu")
     plain, adapted = (
-        plan_run(read_recipe([str(sft(**adapters)), "--memory_limit", "1GiB"]), cpu) for adapters in ({}, LORA)
+        plan_run(read_recipe([str(sft(**adapters)), "--memory_limit", "4GiB"]), cpu) for adapters in ({}, LORA)
     )
     lengths = [8 + 2 + i % 9 for i in range(23)]  # the question and its template, the answer
     assert plain.lengths.tolist() == adapted.lengths.tolist() == lengths
     assert adapted.largest[1].optimizer_bytes < 0.5 * plain.largest[1].optimizer_bytes
-    packed = plan_run(read_recipe([str(sft(packing=True, max_length=48)), "--memory_limit", "1GiB"]), cpu)
+    packed = plan_run(read_recipe([str(sft(packing=True, max_length=48)), "--memory_limit", "4GiB"]), cpu)
     assert max(packed.lengths) <= 48
     assert sum(packed.lengths) == sum(lengths)
     pairs, paired_adapters = (
-        plan_run(read_recipe([str(dpo(**adapters)), "--memory_limit", "1GiB"]), cpu) for adapters in ({}, LORA)
+        plan_run(read_recipe([str(dpo(**adapters)), "--memory_limit", "4GiB"]), cpu) for adapters in ({}, LORA)
     )
     assert pairs.lengths.tolist() == [2 * (8 + max(2 + i % 9, 2 + 3 * i % 9)) for i in range(23)]
     # the reference is a second model, that of adapters is the same
