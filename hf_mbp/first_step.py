@@ -13,7 +13,7 @@ import torch
 from hf_mbp import compat
 from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.optimizer_memory import step_bytes
-from hf_mbp.out_of_memory import give_back_memory, is_out_of_memory, reason_of
+from hf_mbp.out_of_memory import give_back_memory, is_out_of_memory, reason_of, unless_out_of_memory
 
 
 def protect_first_step(optimizer: Any, *, has_room_for: Callable[[int], bool]) -> None:
@@ -47,13 +47,12 @@ def _step(optimizer: Any, step: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _kept(optimizer: Any) -> list[tuple[dict[str, Any], list[torch.Tensor]]] | None:
     """The options and values of each parameter group; `None` if there is no memory for it."""
-    try:
+
+    def copies() -> list[tuple[dict[str, Any], list[torch.Tensor]]]:
         with torch.no_grad():
             return [(dict(group), [p.detach().clone() for p in _stepped(group)]) for group in optimizer.param_groups]
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return None
+
+    return unless_out_of_memory(copies)
 
 
 def _stepped(group: dict[str, Any]) -> list[torch.nn.Parameter]:
