@@ -77,6 +77,12 @@ WORKLOADS = {
             shapes=("4x16", "8x8", "64x1"),
         ),
         Workload(
+            name="large_steps",
+            what="768 rows of lognormal(4.2, 0.8) lengths, clipped to 8..512, in steps of 256",
+            lengths=lambda: lengths.lognormal(768, 4.2, 0.8, 8, 512),
+            shapes=("8x32",),
+        ),
+        Workload(
             name="equal",
             what="192 rows of 128 tokens each, as a control: nothing to gain",
             lengths=lambda: [128] * 192,
