@@ -10,82 +10,28 @@ import hf_mbp
 
 PACKAGE = Path(hf_mbp.__file__).parent
 
-LAYERS = [
-    "cli",
-    "__init__",
-    "trainer",
-    "runner",
-    "loop",
-    "evaluation",
-    "eval_budget",
-    "eval_trial",
-    "row_outputs",
-    "eval_batch",
-    "feed",
-    "too_large",
-    "run_cost",
-    "run_budget",
-    "rehearsal",
-    "control",
-    "profile",
-    "checkpoints",
-    "kept",
-    "row_reader",
-    "report",
-    "recovery",
-    "lockstep",
-    "first_step",
-    "prefetch",
-    "call_metrics",
-    "watch",
-    "step",
-    "start_check",
-    "layout_choice",
-    "equivalence",
-    "findings",
-    "comparison",
-    "two_passes",
-    "sizing",
-    "estimate",
-    "fake",
-    "probe",
-    "training_mode",
-    "full_precision",
-    "undisturbed",
-    "loaders",
-    "row_lengths",
-    "balance",
-    "refusals",
-    "compat",
-    "wrapped",
-    "config",
-    "gauge",
-    "stopwatch",
-    "memory",
-    "optimizer_memory",
-    "fit",
-    "out_of_memory",
-    "random_states",
-    "accumulation",
-    "filler",
-    "items",
-    "padding_free",
-    "precollated",
-    "padding",
-    "loss_value",
-    "distributed",
-    "collate",
-    "calibration",
-    "plan",
-    "cuts",
-    "moves",
-    "orders",
-    "json_fields",
-    "byte_sizes",
-    "other_trainers",
-]
+GROUPS = {
+    "What you use": "cli __init__ trainer loop runner",
+    "Evaluation": "evaluation eval_budget eval_trial row_outputs eval_batch",
+    "From rows to micro-batches": "feed row_reader report",
+    "When memory runs out": "too_large recovery lockstep first_step",
+    "Budget and cost of a run": "run_cost run_budget rehearsal control profile",
+    "Checkpoints, and ranks that fail": "checkpoints kept watch",
+    "Is it exact?": "start_check layout_choice equivalence findings comparison",
+    "A mini-batch": "two_passes call_metrics prefetch step",
+    "What a model needs": "sizing estimate fake",
+    "Trying the model on the side": "probe training_mode full_precision undisturbed random_states",
+    "The data loader": "loaders row_lengths balance",
+    "Options, and what surrounds this library": "refusals config other_trainers compat wrapped",
+    "Memory and time of a device": "gauge stopwatch memory optimizer_memory fit out_of_memory",
+    "Rows": "filler items padding_free precollated padding collate",
+    "Planning": "calibration plan cuts moves orders",
+    "Shared by all": "accumulation distributed loss_value json_fields byte_sizes",
+}
 """From the top down. A module imports only modules further down; `cli` is a package, and imports within it are its own
 business."""
+
+LAYERS = " ".join(GROUPS.values()).split()
 
 KNOWS_UPSTREAM = {"cli", "trainer", "estimate", "loaders", "refusals", "compat", "wrapped"}
 """`compat` and `wrapped` know private names of transformers, Accelerate and torch, the others public ones."""
@@ -130,10 +76,15 @@ def test_every_module_has_its_place_in_the_list() -> None:
     assert sorted({layer_of(file) for file in FILES}) == sorted(LAYERS)
 
 
-def test_documentation_has_the_same_list() -> None:
-    table = (PACKAGE.parent / "docs" / "how_it_works.md").read_text().split("## The modules")[1]
-    documented = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", table, flags=re.MULTILINE)
-    assert documented == [layer for layer in LAYERS if layer != "__init__"]
+def test_documentation_has_the_same_lists() -> None:
+    page = (PACKAGE.parent / "docs" / "how_it_works.md").read_text().split("## The modules")[1]
+    texts = dict(re.findall(r"^\*\*(.+?)\*\*\n(.*?)(?=^\*\*|\Z)", page, flags=re.MULTILINE | re.DOTALL))
+    documented = {
+        group: re.findall(r"^\| `(\w+)(?:/|\.py)` \|", text, flags=re.MULTILINE) for group, text in texts.items()
+    }
+    assert list(documented) == list(GROUPS)
+    for group, layers in GROUPS.items():
+        assert documented[group] == [layer for layer in layers.split() if layer != "__init__"]
 
 
 @pytest.mark.parametrize("layer", LAYERS)
