@@ -97,8 +97,7 @@ class StepReport:
         self._started = time.perf_counter()
 
     def stop_clock(self) -> None:
-        """Ends a step, and stops its clock; to be called before stock logs, evaluates and saves."""
-        self._count_planned()
+        """Stops the clock of a step; to be called before stock logs, evaluates and saves."""
         if self._started is not None:
             self.since_log.seconds += time.perf_counter() - self._started
             self._started = None
@@ -141,7 +140,7 @@ class StepReport:
     def plan_step(self, micro_batches: list[MicroBatch], batches: list[Ints], max_tokens: int) -> None:
         """Notes the micro-batches of a step and, to compare, the row sizes of its batches as they were read.
 
-        A step that is planned again counts once, as it is run in the end.
+        A step counts once it has been run, as it was planned last.
         """
         self.max_tokens = max_tokens
         self._planned = counts_of(micro_batches, batches)
@@ -150,13 +149,13 @@ class StepReport:
         """Notes that memory ran out, and the step is run again."""
         self.since_log.oom_retries += 1
 
-    def _count_planned(self) -> None:
+    def count_step(self) -> None:
+        """Counts the step that was planned last: it has been run."""
         self.since_log.add(self._planned)
         self._planned = Counts()
 
     def flush(self, ranks: Ranks, peak_bytes: int) -> dict[str, float]:
         """Log entries for the steps since the last call; to be called by all ranks."""
-        self._count_planned()
         self.total.add(self.since_log)
         counts, self.since_log = self.since_log.over(ranks), Counts()
         return {
@@ -173,7 +172,6 @@ class StepReport:
 
     def totals(self, ranks: Ranks) -> dict[str, float]:
         """Metrics of the whole run, for the end of training; to be called by all ranks."""
-        self._count_planned()
         self.total.add(self.since_log)
         counts, self.since_log = self.total.over(ranks), Counts()
         return {

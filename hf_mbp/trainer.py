@@ -170,6 +170,8 @@ class MBPMixin(_Base):
         if isinstance(inputs, MicroBatches):
             with self._report.overhead():
                 step_loss = self._runner.run(inputs, model, super().training_step)
+            if inputs.micro_batches:
+                self._report.count_step()
             self._warn_of_hidden_loss(step_loss)
             return step_loss
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)

@@ -38,6 +38,12 @@ def step_of(*shapes: tuple[int, int]) -> list[MicroBatch]:
     return [micro_batch(cells, tokens) for cells, tokens in shapes]
 
 
+def run(steps: StepReport, shapes: list[tuple[int, int]], batches: list[Any], max_tokens: int = 64) -> None:
+    """Plans a step, and runs it."""
+    steps.plan_step(step_of(*shapes), [as_sizes(sizes) for sizes in batches], max_tokens)
+    steps.count_step()
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock whose hand is the first element."""
@@ -78,16 +84,23 @@ def test_there_is_no_negative_padding() -> None:
 
 def test_a_step_counts_its_micro_batches_and_what_its_batches_would_have_been() -> None:
     steps = StepReport()
-    steps.plan_step(step_of((40, 30), (12, 12)), [as_sizes([10, 4, 3]), as_sizes([7, 18])], 64)
-    steps.start_step()
+    run(steps, [(40, 30), (12, 12)], [[10, 4, 3], [7, 18]])
     assert steps.since_log == Counts(steps=1, micro_batches=2, cells=52, tokens=42, unsplit_cells=3 * 10 + 2 * 18)
     assert steps.max_tokens == 64
 
 
+def test_a_step_counts_once_as_it_was_planned_last() -> None:
+    steps = StepReport()
+    steps.plan_step(step_of((100, 30)), [as_sizes([30])], 64)
+    assert steps.since_log == Counts()
+    run(steps, [(40, 30)], [[30]])
+    steps.count_step()
+    assert steps.since_log == Counts(steps=1, micro_batches=1, cells=40, tokens=30, unsplit_cells=30)
+
+
 def test_source_and_target_are_padded_separately() -> None:
     steps = StepReport()
-    steps.plan_step(step_of((9, 9)), [as_sizes([(10, 2), (3, 8)])], 64)
-    steps.start_step()
+    run(steps, [(9, 9)], [[(10, 2), (3, 8)]])
     assert steps.since_log.unsplit_cells == 2 * (10 + 8)
 
 
@@ -96,7 +109,7 @@ def test_log_entries_are_those_since_the_last_log(clock: list[float]) -> None:
     for tokens in (30, 50):
         steps.start_step()
         clock[0] += 2
-        steps.plan_step(step_of((50, tokens), (50, tokens), (0, 0)), [as_sizes([9])], 128)
+        run(steps, [(50, tokens), (50, tokens), (0, 0)], [[9]], 128)
         steps.stop_clock()
     assert steps.flush(ALONE, peak_bytes=77) == {
         "mbp_micro_batches": 3,
@@ -109,13 +122,13 @@ def test_log_entries_are_those_since_the_last_log(clock: list[float]) -> None:
         "mbp_peak_memory_bytes": 77,
         "mbp_oom_retries": 0,
     }
-    steps.plan_step(step_of((10, 10)), [], 128)
+    run(steps, [(10, 10)], [])
     assert steps.flush(ALONE, 0)["mbp_tokens"] == 10
 
 
 def test_log_entries_of_several_ranks() -> None:
     steps = StepReport()
-    steps.plan_step(step_of((40, 30), (20, 20)), [as_sizes([9])], 64)
+    run(steps, [(40, 30), (20, 20)], [[9]])
     logs = steps.flush(FakeRanks(lambda number: number, lambda number: 3 * number), 0)
     assert (logs["mbp_cells"], logs["mbp_tokens"]) == (60 * 5, 50 * 5)
     assert logs["mbp_padding_fraction"] == pytest.approx(1 / 6)
@@ -126,10 +139,10 @@ def test_totals_are_those_of_all_steps(clock: list[float]) -> None:
     for _ in range(3):
         steps.start_step()
         clock[0] += 1
-        steps.plan_step(step_of((40, 30), (20, 20)), [as_sizes([10, 9, 8, 7, 6, 5, 4, 1])], 64)
+        run(steps, [(40, 30), (20, 20)], [[10, 9, 8, 7, 6, 5, 4, 1]])
         steps.flush(ALONE, 0)
     steps.stop_clock()
-    steps.plan_step(step_of((20, 20)), [as_sizes([20])], 64)
+    run(steps, [(20, 20)], [[20]])
     assert steps.totals(ALONE) == {
         "mbp_micro_batches": 7 / 4,
         "mbp_cells": 200,
@@ -219,7 +232,7 @@ def steps_with(clock: list[float], *, steps: int, collation: float, rest: float)
         with noted.collation():
             clock[0] += collation
         clock[0] += rest
-        noted.plan_step(step_of((10, 8)), [as_sizes([8])], 64)
+        run(noted, [(10, 8)], [[8]])
         noted.stop_clock()
     return noted
 

@@ -15,6 +15,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
     T5ForConditionalGeneration,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -331,6 +332,25 @@ def test_callbacks_see_the_events_of_stock(tmp_path: Path) -> None:
     stock = events(Trainer, {})
     assert "on_substep_end" in stock
     assert events(MBPTrainer, {"mbp_config": MBPConfig(max_tokens_per_micro_batch=40)}) == stock
+
+
+class StopBeforeTheLastBatch(TrainerCallback):
+    """Stops between two batches of the second step, whose micro-batches then never run."""
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == 1
+
+
+def test_a_step_that_a_callback_stopped_is_not_counted(tmp_path: Path) -> None:
+    options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    one_step = mbp_trainer(classifier(), class_rows(), tmp_path, max_steps=1, **options).train()
+    stopped = mbp_trainer(
+        classifier(), class_rows(), tmp_path, max_steps=2, callbacks=[StopBeforeTheLastBatch()], **options
+    ).train()
+    assert stopped.global_step == 1
+    assert {key: stopped.metrics[key] for key in ("mbp_tokens", "mbp_cells")} == {
+        key: one_step.metrics[key] for key in ("mbp_tokens", "mbp_cells")
+    }
 
 
 def test_log_keys(tmp_path: Path) -> None:
