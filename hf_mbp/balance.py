@@ -16,7 +16,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from hf_mbp.plan import Cost, Ints
+from hf_mbp.arrays import Ints
+from hf_mbp.plan import Cost
 
 Dealing: TypeAlias = Callable[[Ints, int], list[Ints]]
 """Lengths of rows, and a number of ranks, to the indices of the rows of each."""

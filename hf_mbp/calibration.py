@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_mbp.plan import Cost, Floats
+from hf_mbp.arrays import Floats
+from hf_mbp.plan import Cost
 
 FEWEST = 8
 """Micro-batches from which on constants are fitted: twice as many as there can be constants."""

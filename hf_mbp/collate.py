@@ -2,9 +2,7 @@
 
 import copy
 import pickle
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
@@ -255,27 +253,3 @@ def select_rows(inputs: Mapping[str, Any], indices: list[int]) -> Inputs:
         key: value[indices] if isinstance(value, torch.Tensor) and value.ndim and len(value) == num_rows else value
         for key, value in inputs.items()
     }
-
-
-@contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Random numbers that depend on `key` alone, for collators that draw them; the states before are restored.
-
-    Example:
-        >>> with seeded(42, 0, 0):
-        ...     first = torch.rand(1)
-        >>> with seeded(42, 0, 0):
-        ...     bool(torch.rand(1) == first)
-        True
-    """
-    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    seeds = np.random.SeedSequence([abs(part) for part in key]).generate_state(3).tolist()
-    try:
-        random.seed(seeds[0])
-        np.random.seed(seeds[1])
-        torch.default_generator.manual_seed(seeds[2])
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.random.set_rng_state(torch_state)

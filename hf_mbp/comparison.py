@@ -18,9 +18,10 @@ from hf_mbp.items import with_an_item
 from hf_mbp.padding import trim
 from hf_mbp.precollated import CollatedRow
 from hf_mbp.probe import loss_of, modules_of
+from hf_mbp.random_numbers import reseed
+from hf_mbp.stand_ins import StandIns
 from hf_mbp.training_mode import batch_norms_of
 from hf_mbp.two_passes import Part
-from hf_mbp.undisturbed import StandIns, reseed
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 """Largest relative error that passes, by the dtype of the computation: far above rounding (1e-7 in float64, because

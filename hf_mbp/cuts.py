@@ -18,13 +18,12 @@ together (after Aggarwal, Schieber and Tokuyama, 1994).
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import floor as floor_of
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Floats: TypeAlias = npt.NDArray[np.float64]
-Ints: TypeAlias = npt.NDArray[np.int64]
+from hf_mbp.arrays import Floats, Ints
 
 BLOCK = 64
 """Ends that are looked at together: enough for arrays to pay, and few against the length of a group."""

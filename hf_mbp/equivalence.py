@@ -10,8 +10,10 @@ from hf_mbp.comparison import Comparison, Difference, NothingToCompareError
 from hf_mbp.distributed import Ranks
 from hf_mbp.findings import explain
 from hf_mbp.probe import modules_of
+from hf_mbp.random_numbers import own_random_numbers
+from hf_mbp.stand_ins import StandIns
 from hf_mbp.training_mode import evaluation_mode, training_mode_without_dropout
-from hf_mbp.undisturbed import StandIns, own_random_numbers, untouched
+from hf_mbp.undisturbed import untouched
 
 __all__ = ["EquivalenceReport", "InexactError", "NothingToCompareError", "check_equivalence", "compare", "settle"]
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_mbp.arrays import Ints
 from hf_mbp.collate import Inputs, count_cells, need_one_width, num_rows_of, rows_of_examples
 from hf_mbp.padding import IGNORE_INDEX, MASK, is_left_padded, trim, width_of
-from hf_mbp.plan import Ints, round_up
+from hf_mbp.plan import round_up
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -18,8 +18,10 @@ from hf_mbp.collate import Inputs
 from hf_mbp.distributed import Ranks
 from hf_mbp.eval_batch import EvalBatch
 from hf_mbp.probe import modules_of
+from hf_mbp.random_numbers import own_random_numbers
 from hf_mbp.row_outputs import Follows
-from hf_mbp.undisturbed import HALF, kept_notes, own_random_numbers
+from hf_mbp.stand_ins import HALF
+from hf_mbp.undisturbed import kept_notes
 
 Result = tuple[Any, Any, Any]
 """Loss, logits and labels, as `Trainer.prediction_step` returns them."""

@@ -29,10 +29,11 @@ from hf_mbp.out_of_memory import give_back_memory, is_out_of_memory
 from hf_mbp.padding import IGNORE_INDEX
 from hf_mbp.plan import Budget, Cost
 from hf_mbp.probe import modules_of
+from hf_mbp.random_numbers import own_random_numbers
 from hf_mbp.row_outputs import RowOutputs, to_device
 from hf_mbp.sizing import cost_of
 from hf_mbp.step import MicroBatch, RowFunctions, collate_groups, split_mini_batch
-from hf_mbp.undisturbed import kept_notes, own_random_numbers
+from hf_mbp.undisturbed import kept_notes
 
 NOT_SPLIT = (
     "Evaluation batches run whole: two rows had other predictions, or another loss, together than apart. That is so "

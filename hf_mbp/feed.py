@@ -12,12 +12,14 @@ from tqdm.auto import tqdm
 
 from hf_mbp import collate, compat, loaders, other_trainers, wrapped
 from hf_mbp.accumulation import half_precision
+from hf_mbp.arrays import Ints
 from hf_mbp.balance import deal
 from hf_mbp.collate import Batch, Inputs, Rows
 from hf_mbp.distributed import Ranks
 from hf_mbp.layout_choice import choose_layout
-from hf_mbp.plan import Budget, Cost, Ints, too_long_message
+from hf_mbp.plan import Budget, Cost, too_long_message
 from hf_mbp.probe import modules_of
+from hf_mbp.random_numbers import own_random_numbers, seeded
 from hf_mbp.recovery import Fault
 from hf_mbp.report import (
     StepReport,
@@ -35,7 +37,7 @@ from hf_mbp.sizing import cost_of
 from hf_mbp.start_check import CHECKED_ROWS, FEWEST_COMPARED, StartCheck
 from hf_mbp.step import MicroBatch, RowFunctions, as_filler, split_mini_batch, weigh
 from hf_mbp.too_large import too_large_error
-from hf_mbp.undisturbed import own_random_numbers, remembered_collator, untouched
+from hf_mbp.undisturbed import remembered_collator, untouched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +226,7 @@ class Feed:
         pools, args = self._pools_of_step, self.trainer.args
         largest = max(pools, key=lambda pool: _longest(pool.sizes))
         budget, cost = self.budget.settle(largest.rows, largest.sizes), self.cost.of_step()
-        with collate.seeded(args.seed, self.trainer.state.global_step, args.process_index):
+        with seeded(args.seed, self.trainer.state.global_step, args.process_index):
             planned = [micro_batch for pool in pools for micro_batch in self._planned(pool, budget, cost)]
         batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
         self.report.plan_step(planned, batch_sizes, budget.tokens_at(_longest(largest.sizes)))

@@ -5,7 +5,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from hf_mbp.plan import Budget, Floats
+from hf_mbp.arrays import Floats
+from hf_mbp.plan import Budget
 
 SAFETY = 1.2
 """Predicted bytes are raised by this factor, until the device itself is asked: operators allocate scratch memory that

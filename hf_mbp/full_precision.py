@@ -9,7 +9,8 @@ import torch
 from hf_mbp import compat, memory, wrapped
 from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.collate import Inputs
-from hf_mbp.undisturbed import HALF, StandIns, undisturbed
+from hf_mbp.stand_ins import HALF, StandIns
+from hf_mbp.undisturbed import undisturbed
 
 Result = TypeVar("Result")
 

@@ -5,14 +5,16 @@ from math import isclose, isfinite
 from typing import Any
 
 from hf_mbp import equivalence, other_trainers, padding_free, wrapped
+from hf_mbp.arrays import Ints
 from hf_mbp.collate import num_rows_of
 from hf_mbp.comparison import NothingToCompareError
 from hf_mbp.distributed import Ranks
 from hf_mbp.items import with_an_item
 from hf_mbp.out_of_memory import give_back_memory, is_out_of_memory
-from hf_mbp.plan import Ints, Layout
+from hf_mbp.plan import Layout
 from hf_mbp.probe import modules_of
-from hf_mbp.undisturbed import own_random_numbers, untouched
+from hf_mbp.random_numbers import own_random_numbers
+from hf_mbp.undisturbed import untouched
 
 COMPARED_ROWS = 8
 """Rows that are compared, padded together and laid end to end in parts."""

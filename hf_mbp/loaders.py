@@ -12,10 +12,10 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, Data
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import BatchSampler
 
+from hf_mbp.arrays import Ints
 from hf_mbp.balance import Dealing
 from hf_mbp.collate import KeepRows, Rows
 from hf_mbp.compat import replaced
-from hf_mbp.plan import Ints
 from hf_mbp.precollated import CollateInWorkers
 from hf_mbp.row_lengths import KnownLengths, may_be_known
 

@@ -12,11 +12,12 @@ import torch
 
 from hf_mbp import collate, compat, memory, refusals, wrapped
 from hf_mbp.accumulation import Float32Sums, half_precision
+from hf_mbp.arrays import Ints
 from hf_mbp.collate import Collator, Inputs
 from hf_mbp.distributed import Ranks
 from hf_mbp.items import checked_count, items_of
 from hf_mbp.loss_value import scalar_of
-from hf_mbp.plan import Budget, Ints, as_sizes, check_max_tokens, too_long_message
+from hf_mbp.plan import Budget, as_sizes, check_max_tokens, too_long_message
 from hf_mbp.prefetch import Prefetch
 from hf_mbp.probe import KnownTraits, LossTraits
 from hf_mbp.recovery import Backward, ChangingBuffers, Fault, Recovery

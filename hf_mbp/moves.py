@@ -5,13 +5,11 @@ order missed is found one row at a time: of all rows and all groups, the move th
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Floats: TypeAlias = npt.NDArray[np.float64]
-Ints: TypeAlias = npt.NDArray[np.int64]
+from hf_mbp.arrays import Floats, Ints
 
 MOST_MOVED = 64
 """Rows up to which moves are looked for: what they save hardly grows beyond, but the time to find them does, with the

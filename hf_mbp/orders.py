@@ -8,12 +8,10 @@ from the opposite corner. So these three are compared, and, of very few rows, th
 """
 
 from itertools import pairwise
-from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-Ints: TypeAlias = npt.NDArray[np.int64]
+from hf_mbp.arrays import Ints
 
 MOST_COMPARED = 2048
 """Rows of several lengths up to which all orders are tried: three plans of so many take as long as one of 8,192 rows.

@@ -17,8 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from hf_mbp.cuts import Floats as Floats
-from hf_mbp.cuts import Ints as Ints
+from hf_mbp.arrays import Floats, Ints
 from hf_mbp.cuts import SortedRows, best_cuts, best_cuts_into
 from hf_mbp.moves import better_groups
 from hf_mbp.orders import orders_of

@@ -13,7 +13,9 @@ from hf_mbp.collate import Inputs, has_entry_for_each_row
 from hf_mbp.full_precision import in_float32, on_the_side
 from hf_mbp.items import changed_first_labels, count_items, has_token_labels, shift_probes
 from hf_mbp.padding import is_left_padded, settle_left_padding, width_of, without_padding
-from hf_mbp.undisturbed import StandIns, kept_notes, reseed
+from hf_mbp.random_numbers import reseed
+from hf_mbp.stand_ins import StandIns
+from hf_mbp.undisturbed import kept_notes
 
 LossFunction = Callable[[Inputs, float], torch.Tensor]
 """The mean loss of collated inputs, which have so many items."""

@@ -25,7 +25,7 @@ from hf_mbp import wrapped
 from hf_mbp.distributed import Ranks
 from hf_mbp.lockstep import Counts, LeavingOut
 from hf_mbp.out_of_memory import give_back_memory, is_out_of_memory, reason_of
-from hf_mbp.random_states import put_back_random_states, random_states
+from hf_mbp.random_numbers import put_back_random_states, random_states
 from hf_mbp.step import MicroBatch, as_shortest_filler
 
 MOST_TIMES = 3

@@ -18,8 +18,9 @@ from hf_mbp.padding import with_padding
 from hf_mbp.plan import Cost, planned_groups
 from hf_mbp.probe import loss_of, modules_of
 from hf_mbp.profile import Profile
+from hf_mbp.random_numbers import own_random_numbers
 from hf_mbp.row_lengths import known_lengths
-from hf_mbp.undisturbed import kept_collator, own_random_numbers, undisturbed, untouched
+from hf_mbp.undisturbed import kept_collator, undisturbed, untouched
 
 WORTH_IT = 0.5
 """Share of the budget below which the worst micro-batch is not tried: what it would show is far from the limit."""

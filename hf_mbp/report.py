@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from hf_mbp.arrays import Ints
 from hf_mbp.distributed import Ranks
-from hf_mbp.plan import Ints
 from hf_mbp.recovery import Fault
 from hf_mbp.step import MicroBatch
 

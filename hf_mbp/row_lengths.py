@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_mbp.arrays import Ints
 from hf_mbp.collate import row_length, target_length
-from hf_mbp.plan import Ints
 
 MOST_ROWS_READ = 50_000
 """Rows of a list whose lengths are looked up one by one, a few microseconds each."""

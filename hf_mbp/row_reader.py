@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from hf_mbp import collate, loaders, other_trainers, padding_free, probe, wrapped
+from hf_mbp.arrays import Ints
 from hf_mbp.collate import Batch, Inputs, KeepRows
 from hf_mbp.items import checked_count
-from hf_mbp.plan import Ints, Layout, as_sizes, round_up
+from hf_mbp.plan import Layout, as_sizes, round_up
 from hf_mbp.precollated import CollatedRow, CollateInWorkers, cut_out
 from hf_mbp.probe import LossFunction, LossTraits
 from hf_mbp.report import StepReport

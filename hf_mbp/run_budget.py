@@ -6,12 +6,13 @@ from math import inf
 from typing import Any
 
 from hf_mbp import compat, control, memory
+from hf_mbp.arrays import Ints
 from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.control import Reading
 from hf_mbp.distributed import Ranks
 from hf_mbp.gauge import Gauge
 from hf_mbp.kept import BUDGET, keep_entry, kept_entry, kept_if_it_holds
-from hf_mbp.plan import Budget, Ints
+from hf_mbp.plan import Budget
 from hf_mbp.profile import VERSION, Failure, Profile, difference, key_of
 from hf_mbp.rehearsal import rehearse
 from hf_mbp.sizing import Sizing, cost_of, measure_budget

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hf_mbp import memory, wrapped
+from hf_mbp.arrays import Ints
 from hf_mbp.byte_sizes import parse_memory_limit
 from hf_mbp.collate import num_rows_of
 from hf_mbp.fit import Measured, fit_budget, held_out_error
@@ -14,7 +15,7 @@ from hf_mbp.gauge import Gauge
 from hf_mbp.optimizer_memory import step_bytes
 from hf_mbp.out_of_memory import unless_out_of_memory
 from hf_mbp.padding import can_be_cut, cut_columns, with_padding
-from hf_mbp.plan import Budget, Cost, Ints, Layout
+from hf_mbp.plan import Budget, Cost, Layout
 from hf_mbp.probe import loss_of, modules_of
 from hf_mbp.undisturbed import kept_collator, undisturbed
 

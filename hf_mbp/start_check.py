@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 
 from hf_mbp import equivalence, other_trainers, wrapped
+from hf_mbp.arrays import Ints
 from hf_mbp.comparison import NothingToCompareError
 from hf_mbp.distributed import Ranks
 from hf_mbp.out_of_memory import give_back_memory, is_out_of_memory
-from hf_mbp.plan import Budget, Ints
+from hf_mbp.plan import Budget
 from hf_mbp.precollated import CollatedRow
 
 CHECKED_ROWS = 8

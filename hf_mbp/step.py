@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
+from hf_mbp.arrays import Ints
 from hf_mbp.collate import Inputs
 from hf_mbp.distributed import Ranks
 from hf_mbp.filler import filler_of, shortest_filler_of
 from hf_mbp.padding_free import is_laid_end_to_end
-from hf_mbp.plan import Budget, Cost, Ints, Layout, planned_groups
+from hf_mbp.plan import Budget, Cost, Layout, planned_groups
 
 
 @dataclass(frozen=True, kw_only=True)

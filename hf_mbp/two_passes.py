@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from hf_mbp import compat
 from hf_mbp.collate import Inputs
 from hf_mbp.distributed import Ranks
-from hf_mbp.random_states import RandomStates, put_back_random_states, random_states
+from hf_mbp.random_numbers import RandomStates, put_back_random_states, random_states
 
 Leaves = list[torch.Tensor]
 """Tensors, `[rows, ...]` each, in the order in which they lie in what `embed_rows` returned."""

@@ -18,7 +18,8 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from benchmarks.sizes import SIZES
 from benchmarks.workloads import WORKLOADS
-from hf_mbp.plan import Budget, Cost, Ints, plan_rows
+from hf_mbp.arrays import Ints
+from hf_mbp.plan import Budget, Cost, plan_rows
 from hf_mbp.sizing import cost_of
 from readme_figures import BLUE, ORANGE, ROWS, draw
 

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
+from hf_mbp.arrays import Ints
 from hf_mbp.cuts import SortedRows, best_cuts, time_of_cuts
 from hf_mbp.orders import orders_of
-from hf_mbp.plan import Budget, Cost, Ints, plan_rows
+from hf_mbp.plan import Budget, Cost, plan_rows
 from hf_mbp.sizing import cost_of
 from marked_table import put_table
 

@@ -20,8 +20,9 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_mbp import filler
+from hf_mbp.arrays import Ints
 from hf_mbp.balance import deal, in_runs, in_turns, row_costs
-from hf_mbp.plan import Budget, Cost, Ints, plan_rows
+from hf_mbp.plan import Budget, Cost, plan_rows
 from hf_mbp.sizing import cost_of
 from marked_table import put_table
 

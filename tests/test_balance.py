@@ -20,10 +20,11 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 import rank_balance
 from hf_mbp import MBPConfig, row_lengths
+from hf_mbp.arrays import Ints
 from hf_mbp.balance import deal
 from hf_mbp.collate import KeepRows
 from hf_mbp.loaders import BalancedBatches, DealtRows, EqualBatches, balanced, for_all_ranks, why_not_balanced
-from hf_mbp.plan import Cost, Ints
+from hf_mbp.plan import Cost
 from hf_mbp.report import balance_note
 from hf_mbp.row_lengths import known_lengths
 from marked_table import table_in

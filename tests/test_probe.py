@@ -10,7 +10,8 @@ import torch
 from transformers import DataCollatorForLanguageModeling
 
 from hf_mbp.probe import modules_of
-from hf_mbp.undisturbed import StandIns, kept_collator, kept_notes, undisturbed
+from hf_mbp.stand_ins import StandIns
+from hf_mbp.undisturbed import kept_collator, kept_notes, undisturbed
 from tests.helpers import token_rows, tokenizer
 
 

@@ -9,7 +9,8 @@ import torch
 from transformers import BertForSequenceClassification
 
 from hf_mbp import MBPTrainer
-from hf_mbp.plan import Budget, Ints
+from hf_mbp.arrays import Ints
+from hf_mbp.plan import Budget
 from hf_mbp.start_check import CHECKED_ROWS, _fitting
 from tests.helpers import bert_config, build, mbp_trainer, token_rows, with_labels
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_mbp.plan import Budget, Cost, Ints, plan_rows
+from hf_mbp.arrays import Ints
+from hf_mbp.plan import Budget, Cost, plan_rows
 
 
 @dataclass(frozen=True, kw_only=True)

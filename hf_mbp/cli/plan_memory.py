@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 
 from hf_mbp import memory
+from hf_mbp.arrays import Ints
 from hf_mbp.byte_sizes import format_bytes, parse_memory_limit
 from hf_mbp.cli.errors import UserError, user_errors
 from hf_mbp.cli.plan_groups import Group
@@ -17,7 +18,7 @@ from hf_mbp.cli.recipe import Recipe
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.estimate import MemoryEstimate, estimate_memory
 from hf_mbp.fit import SAFETY, fit_budget
-from hf_mbp.plan import Budget, Ints
+from hf_mbp.plan import Budget
 from hf_mbp.sizing import probe_shapes
 
 

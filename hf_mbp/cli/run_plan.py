@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from hf_mbp.arrays import Ints
 from hf_mbp.cli.plan_groups import Group, StepPlan, StepPlanner
 from hf_mbp.cli.plan_memory import Estimator, MemoryModel, limit_bytes
 from hf_mbp.cli.recipe import Recipe
@@ -15,7 +16,7 @@ from hf_mbp.cli.shapes import row_sizes, set_up
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.collate import need_one_width
 from hf_mbp.estimate import MemoryEstimate
-from hf_mbp.plan import Budget, Cost, Ints
+from hf_mbp.plan import Budget, Cost
 from hf_mbp.sizing import cost_of
 
 MOST_STEPS = 500

@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import numpy as np
 
+from hf_mbp.arrays import Ints
 from hf_mbp.cli.arguments import ModelArguments, ModelShape
 from hf_mbp.cli.data import load_splits
 from hf_mbp.cli.images import PIXELS
@@ -15,7 +16,7 @@ from hf_mbp.cli.tasks import find_task, load_processor
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tokenization import column_lengths, row_lengths
 from hf_mbp.collate import has_targets
-from hf_mbp.plan import Ints, as_sizes
+from hf_mbp.plan import as_sizes
 
 
 def set_up(recipe: Recipe) -> TaskSetup:
