@@ -104,7 +104,11 @@ def _why_not_these(trainer: Any, rows: list[Any]) -> Finding:
 
 
 def _compared(trainer: Any, ranks: Ranks, rows: list[Any], layout: Layout) -> Finding:
-    """Whether rows laid end to end have the gradient of the same rows padded; tried on all ranks alike."""
+    """Whether rows laid end to end have the gradient of the same rows padded; tried on all ranks alike.
+
+    Raises:
+        RuntimeError: the trial fails under FSDP2, where the other ranks wait inside the model for this one.
+    """
     together = ranks if wrapped.is_fsdp2(trainer) else None
     trainer.mbp_rows.layout = layout
     try:
@@ -113,6 +117,11 @@ def _compared(trainer: Any, ranks: Ranks, rows: list[Any], layout: Layout) -> Fi
     except NothingToCompareError as nothing:
         finding = Finding(reason=f"it could not be checked: {str(nothing).removesuffix('.')}", is_known=False)
     except Exception as error:  # whatever a model says to inputs of a kind that it may not know
+        if together is not None:
+            raise RuntimeError(
+                f"Whether rows can be laid end to end could not be tried: {_failure(error)}. "
+                "MBPConfig(padding_free=False) pads them, and tries nothing."
+            ) from error
         finding = Finding(reason=_failure(error))
     finally:
         trainer.mbp_rows.layout = Layout.PADDED

@@ -185,6 +185,18 @@ def test_a_model_that_is_misled_stays_padded(
     assert_whole(trainer, expected, FLOAT32_INSIDE)
 
 
+def test_where_ranks_wait_for_each_other_a_failing_trial_ends_the_run(
+    kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Going on would leave the other ranks inside the model."""
+    trainer = mbp_trainer(with_flash(build(Failing, llama_config())), CAUSAL, tmp_path)
+    rows = trainer.train_dataset
+    monkeypatch.setattr(layout_choice.wrapped, "is_fsdp2", lambda trainer: True)
+    with pytest.raises(RuntimeError, match=r"RuntimeError: not here\)\. MBPConfig\(padding_free=False\) pads them"):
+        layout_choice.choose_layout(trainer, trainer._ranks, rows, trainer.mbp_rows.sizes(rows))
+    assert trainer.mbp_rows.layout is Layout.PADDED
+
+
 def test_more_rows_than_positions_change_nothing_where_that_works(kernels: Kernels, tmp_path: Path) -> None:
     model = with_flash(build(LlamaForCausalLM, llama_config(max_position_embeddings=150)))
     calls = Calls(model)
