@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from hf_mbp import compat, memory, other_trainers, wrapped
+from hf_mbp import compat, device_memory, other_trainers, wrapped
 from hf_mbp.call_metrics import CallMetrics
 from hf_mbp.collate import Inputs, count_cells
 from hf_mbp.distributed import Ranks
@@ -75,7 +75,7 @@ class Evaluation:
     @contextmanager
     def loop(self) -> Iterator[None]:
         """Around the stock loop: logits are preprocessed, and gathered tensors brought to the host, batch by batch."""
-        memory.keep_address_space_free()
+        device_memory.keep_address_space_free()
         trainer = self._trainer
         self._is_recognised = False
         self._preprocess, gather = trainer.preprocess_logits_for_metrics, trainer.gather_function

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hf_mbp import compat, memory, wrapped
+from hf_mbp import compat, device_memory, memory, wrapped
 from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.collate import Inputs
 from hf_mbp.stand_ins import HALF, StandIns
@@ -43,7 +43,7 @@ def _lack_of_memory(modules: list[torch.nn.Module]) -> str | None:
         size = BYTES * parameter.numel() * (COPIES if parameter.requires_grad else 1)
         needed[parameter.device] = needed.get(parameter.device, 0) + size
     for device, size in needed.items():
-        free = memory.free_memory(device)
+        free = device_memory.free_memory(device)
         if device.type != "meta" and size > memory.DEFAULT_FRACTION * free:
             return f"a copy in float32 takes {format_bytes(size)}, and {format_bytes(free)} are free"
     return None

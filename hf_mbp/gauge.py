@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_mbp import memory
+from hf_mbp import device_memory
 from hf_mbp.out_of_memory import trim_heap
 
 NEAR, RESERVE = 0.9, 0.1
@@ -31,19 +31,19 @@ class Gauge:
     def restart(self) -> None:
         """What `peak_bytes` returns counts from here on."""
         if self._may_reset:
-            memory.restart_peak(self.device)
+            device_memory.restart_peak(self.device)
 
     def peak_bytes(self) -> int:
         """The most that was held since `restart`; 0 where that cannot be known."""
-        return memory.peak_since_restart(self.device) if self._may_reset else 0
+        return device_memory.peak_since_restart(self.device) if self._may_reset else 0
 
     def held_bytes(self) -> int:
         """What is held now."""
-        return memory.held_memory(self.device)
+        return device_memory.held_memory(self.device)
 
     def free_bytes(self) -> int:
         """What this process could still take."""
-        return memory.free_memory(self.device)
+        return device_memory.free_memory(self.device)
 
     def tidy(self, resting_bytes: float, allowed_bytes: float) -> None:
         """Gives back what the allocator keeps and nothing uses, if it is so much that it could lead beyond the limit.

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from hf_mbp import collate, compat, memory, refusals, wrapped
+from hf_mbp import collate, compat, device_memory, refusals, wrapped
 from hf_mbp.accumulation import Float32Sums, half_precision
 from hf_mbp.arrays import Ints
 from hf_mbp.collate import Collator, Inputs
@@ -109,7 +109,7 @@ def run_mini_batch(
     Example: `scripts/accelerate_loop.py`.
     """
     _refuse(rows, accelerator, max_tokens)
-    memory.keep_address_space_free()
+    device_memory.keep_address_space_free()
     if accumulate_in_fp32:
         refusals.refuse_float32_sums(is_sharded=wrapped.shards(accelerator))
     base = accelerator.unwrap_model(model)

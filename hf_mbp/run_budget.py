@@ -5,7 +5,7 @@ from dataclasses import replace
 from math import inf
 from typing import Any
 
-from hf_mbp import compat, control, memory
+from hf_mbp import compat, control, device_memory, memory
 from hf_mbp.arrays import Ints
 from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.control import Reading
@@ -92,7 +92,7 @@ class RunBudget:
     def _what_differs(self, profile: Profile) -> str:
         if profile.room is None:
             return ""
-        free = memory.free_memory(self._trainer.args.device)
+        free = device_memory.free_memory(self._trainer.args.device)
         if free < profile.room.activation_bytes:
             return (
                 f"it was made with {format_bytes(profile.room.activation_bytes)} for activations, more than the "

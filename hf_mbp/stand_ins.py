@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_mbp import memory, wrapped
+from hf_mbp import device_memory, memory, wrapped
 from hf_mbp.random_numbers import restorer
 
 HALF = (torch.float16, torch.bfloat16)
@@ -88,7 +88,7 @@ class StandIns:
             size = parameter.numel() * torch.empty(0, dtype=self._dtype(parameter)).element_size()
             needed[parameter.device] = needed.get(parameter.device, 0) + size
         return all(
-            device.type == "meta" or size + self._beside <= memory.DEFAULT_FRACTION * memory.free_memory(device)
+            device.type == "meta" or size + self._beside <= memory.DEFAULT_FRACTION * device_memory.free_memory(device)
             for device, size in needed.items()
         )
 

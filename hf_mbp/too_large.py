@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hf_mbp import memory
+from hf_mbp import device_memory
 from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.recovery import Fault
 
@@ -21,7 +21,7 @@ def too_large_error(trainer: Any, fault: Fault, need: float | None, checkpoint: 
     device = trainer.args.device
     how = "with activation checkpointing" if fault.is_checkpointed else "and the model has no activation checkpointing"
     needs = "" if need is None else f"It needs about {format_bytes(need)}, and "
-    free = f"{format_bytes(memory.free_memory(device))} are free on {device}. "
+    free = f"{format_bytes(device_memory.free_memory(device))} are free on {device}. "
     kept = f" The run so far is kept in {checkpoint}: go on with resume_from_checkpoint." if checkpoint else ""
     return MemoryError(
         f"{_named(trainer, fault)} of {fault.width:,} tokens does not fit the memory by itself, {how} "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Seq2SeqTrainer, Trainer
 
-from hf_mbp import checkpoints, collate, compat, items, loaders, memory, other_trainers, refusals
+from hf_mbp import checkpoints, collate, compat, device_memory, items, loaders, other_trainers, refusals
 from hf_mbp.collate import Inputs
 from hf_mbp.config import MBPConfig
 from hf_mbp.distributed import Ranks
@@ -137,7 +137,7 @@ class MBPMixin(_Base):
         """One run of the loop; `auto_find_batch_size` runs it again, with fewer rows, after running out of memory."""
         refusals.warn_of_smaller_batch(self._batch_size_before, batch_size)
         self._batch_size_before = batch_size
-        memory.keep_address_space_free()
+        device_memory.keep_address_space_free()
         self.mbp_feed.restart()
         self._runner.restart()
         return super()._inner_training_loop(batch_size, *args, **kwargs)
@@ -215,7 +215,7 @@ class MBPMixin(_Base):
         two runs that did the same.
         """
         if self._logs_step and {"loss", "learning_rate"} <= logs.keys():
-            logs.update(self._report.flush(self._ranks, memory.peak_memory(self.args.device)))
+            logs.update(self._report.flush(self._ranks, device_memory.peak_memory(self.args.device)))
         super().log(logs, *args, **kwargs)
         for entry in self.state.log_history[-1:]:  # there may be none: the next class may log on one rank only
             for name in MEASURED:

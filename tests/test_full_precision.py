@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 
-from hf_mbp import MBPTrainer, check_equivalence, full_precision, memory
+from hf_mbp import MBPTrainer, check_equivalence, device_memory, full_precision
 from hf_mbp.compat import unrounded_float32
 from hf_mbp.undisturbed import undisturbed
 from tests.helpers import bert_config, build, llama_config, masked_prefix, mbp_trainer, token_rows, with_labels
@@ -131,7 +131,7 @@ def test_what_stays_in_half_precision_says_so(
     model: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if "copy" in reason:
-        monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
+        monkeypatch.setattr(device_memory, "free_memory", lambda device: 1000)
     trainer = mbp_trainer(model(), classes(), tmp_path, on_inexact="error")
     report = check_equivalence(trainer)
     assert report.tolerance == 0.1

@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 
-from hf_mbp import memory
+from hf_mbp import device_memory
 from hf_mbp.gauge import Gauge
 
 CPU = torch.device("cpu")
@@ -26,16 +26,16 @@ def test_a_peak_counts_from_the_restart_on() -> None:
     assert gauge.peak_bytes() - before < SIZE
     torch.ones(SIZE // 4)
     assert 0.9 * SIZE < gauge.peak_bytes() - before < 1.5 * SIZE
-    assert memory.peak_memory(CPU) - before > 2 * SIZE
+    assert device_memory.peak_memory(CPU) - before > 2 * SIZE
 
 
 @linux
 def test_what_is_resident_is_what_psutil_says() -> None:
     kept = torch.ones(SIZE // 4)
-    assert memory.used_memory(CPU) == pytest.approx(psutil.Process().memory_info().rss, rel=0.01)
-    before = memory.used_memory(CPU)
+    assert device_memory.used_memory(CPU) == pytest.approx(psutil.Process().memory_info().rss, rel=0.01)
+    before = device_memory.used_memory(CPU)
     more = torch.ones(SIZE // 4)
-    assert SIZE * 0.9 < memory.used_memory(CPU) - before < SIZE * 1.5
+    assert SIZE * 0.9 < device_memory.used_memory(CPU) - before < SIZE * 1.5
     assert kept.numel() == more.numel()
 
 
@@ -50,7 +50,7 @@ def test_a_look_between_micro_batches_is_one_read(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_device_that_cannot_be_read_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_CLEAR_PEAK", Path("/nowhere"))
+    monkeypatch.setattr(device_memory, "_CLEAR_PEAK", Path("/nowhere"))
     gauge = Gauge(CPU)
     gauge.restart()
     assert gauge.peak_bytes() == 0
@@ -60,7 +60,7 @@ def test_a_device_that_cannot_be_read_says_nothing(monkeypatch: pytest.MonkeyPat
 def test_memory_is_given_back_only_if_much_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     gauge, calls = Gauge(CPU), []
     monkeypatch.setattr(gauge, "release", lambda: calls.append(1))
-    monkeypatch.setattr(memory, "held_memory", lambda device: 500)
+    monkeypatch.setattr(device_memory, "held_memory", lambda device: 500)
     gauge.tidy(400, 1000)
     assert not calls
     gauge.tidy(300, 1000)
@@ -98,11 +98,11 @@ def test_a_gpu_gives_back_what_is_unused_near_the_limit_once_and_not_at_every_mi
 
 
 def test_processes_of_a_machine_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_group_limits", lambda: [(8000, 2000)])
-    assert memory.free_memory(CPU) == 6000
-    assert memory.total_memory(CPU) == 8000
+    monkeypatch.setattr(device_memory, "_group_limits", lambda: [(8000, 2000)])
+    assert device_memory.free_memory(CPU) == 6000
+    assert device_memory.total_memory(CPU) == 8000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert memory.free_memory(CPU) == 2000
-    monkeypatch.setattr(memory, "_own_limits", lambda: [(5000, 4000)])
-    assert memory.free_memory(CPU) == 1000
-    assert memory.total_memory(CPU) == 8000 // 3
+    assert device_memory.free_memory(CPU) == 2000
+    monkeypatch.setattr(device_memory, "_own_limits", lambda: [(5000, 4000)])
+    assert device_memory.free_memory(CPU) == 1000
+    assert device_memory.total_memory(CPU) == 8000 // 3

@@ -23,7 +23,7 @@ GROUPS = {
     "Trying the model on the side": "probe training_mode full_precision undisturbed stand_ins random_numbers",
     "The data loader": "loaders row_lengths balance",
     "Options, and what surrounds this library": "refusals config other_trainers compat wrapped",
-    "Memory and time of a device": "gauge stopwatch memory optimizer_memory fit out_of_memory",
+    "Memory and time of a device": "gauge stopwatch memory device_memory optimizer_memory fit out_of_memory",
     "Rows": "filler items padding_free precollated padding collate",
     "Planning": "calibration plan cuts moves orders arrays",
     "Shared by all": "accumulation distributed loss_value json_fields byte_sizes",

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from hf_mbp import memory
+from hf_mbp import device_memory, memory
 from hf_mbp.byte_sizes import format_bytes, parse_memory_limit
 from hf_mbp.memory import (
     DEFAULT_FRACTION,
@@ -199,7 +199,7 @@ def test_sparse_gradients_do_not_stop_the_count() -> None:
 def device_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int, int], None]:
     def put(total: int, used: int, free: int) -> None:
         for name, value in (("total_memory", total), ("used_memory", used), ("free_memory", free)):
-            monkeypatch.setattr(memory, name, lambda device, value=value: value)
+            monkeypatch.setattr(device_memory, name, lambda device, value=value: value)
 
     return put
 
@@ -250,20 +250,20 @@ def test_no_room_is_an_error_that_names_what_takes_it(
 def test_an_address_space_limit_bounds_what_is_free() -> None:
     script = """
         import resource, psutil, torch
-        from hf_mbp import memory
+        from hf_mbp import device_memory, memory
         GIB = 2**30
         cpu = torch.device("cpu")
-        unlimited = memory.free_memory(cpu)
+        unlimited = device_memory.free_memory(cpu)
         limit = psutil.Process().memory_info().vms + GIB
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         most = min(GIB + 2**24, unlimited)  # the heap has some free blocks
-        assert 0.9 * GIB < memory.free_memory(cpu) <= most, memory.free_memory(cpu)
-        assert memory.total_memory(cpu) == min(limit, psutil.virtual_memory().total)
+        assert 0.9 * GIB < device_memory.free_memory(cpu) <= most, device_memory.free_memory(cpu)
+        assert device_memory.total_memory(cpu) == min(limit, psutil.virtual_memory().total)
         kept = torch.ones(2**27)
-        assert memory.free_memory(cpu) <= GIB // 2 + 2**24, memory.free_memory(cpu)
+        assert device_memory.free_memory(cpu) <= GIB // 2 + 2**24, device_memory.free_memory(cpu)
         assert memory.room_for_training(cpu, None, 1000).activation_bytes <= 0.9 * (GIB // 2 + 2**24)
         try:
-            torch.ones(memory.free_memory(cpu) // 4 + 2**24)
+            torch.ones(device_memory.free_memory(cpu) // 4 + 2**24)
         except RuntimeError as error:
             print("what is not free cannot be had:", error)
     """
@@ -287,12 +287,12 @@ def test_freed_tensors_leave_a_limited_address_space(is_limited: bool, said: dic
     """glibc, which has learned from larger ones, would take them from the heap, where a block in use pins them."""
     script = f"""
         import resource, psutil, torch
-        from hf_mbp import memory
+        from hf_mbp import device_memory, memory
         MIB = 2**20
         if {is_limited}:
             limit = psutil.Process().memory_info().vms + 1024 * MIB
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        memory.keep_address_space_free()
+        device_memory.keep_address_space_free()
         for _ in range(3):
             torch.ones(7 * MIB)  # 28 MiB, freed at once: from here on smaller ones would come from the heap
         before = psutil.Process().memory_info().vms
@@ -311,17 +311,17 @@ def test_freed_blocks_of_the_heap_are_free_under_an_address_space_limit() -> Non
     """They keep their address space: a block in use above them pins the heap."""
     script = """
         import resource, psutil, torch
-        from hf_mbp import memory
+        from hf_mbp import device_memory, memory
         MIB, cpu = 2**20, torch.device("cpu")
         limit = psutil.Process().memory_info().vms + 400 * MIB
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        before = memory.free_memory(cpu)
+        before = device_memory.free_memory(cpu)
         small = [torch.ones(2**14) for _ in range(3200)]  # 200 MiB, from the heap
-        assert memory.free_memory(cpu) < before - 190 * MIB
+        assert device_memory.free_memory(cpu) < before - 190 * MIB
         held = psutil.Process().memory_info().vms
         small = small[-1]
         assert psutil.Process().memory_info().vms > held - 50 * MIB, "the heap has shrunk: this shows nothing"
-        assert memory.free_memory(cpu) > before - 20 * MIB
+        assert device_memory.free_memory(cpu) > before - 20 * MIB
         print("free again")
     """
     done = subprocess.run(  # noqa: S603
@@ -333,8 +333,8 @@ def test_freed_blocks_of_the_heap_are_free_under_an_address_space_limit() -> Non
 @pytest.fixture
 def control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
     """Writes the files of the control group `at`, of version 2; `None` for a file that is not there."""
-    monkeypatch.setattr(memory, "_GROUP_ROOT", tmp_path)
-    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups of this process")
+    monkeypatch.setattr(device_memory, "_GROUP_ROOT", tmp_path)
+    monkeypatch.setattr(device_memory, "_GROUPS", tmp_path / "groups of this process")
 
     def put(limit: str, used: str | None, *, at: str = "", statistics: str | None = None) -> None:
         folder = tmp_path / at
@@ -354,14 +354,14 @@ MEMORY_FILES = ("memory.max", "memory.current")
 @pytest.mark.parametrize(("limit", "used", "free"), [("1000000", "400000", 600_000), ("1000000", "1000001", 0)])
 def test_a_control_group_bounds_what_is_free(control_group: Any, limit: str, used: str, free: int) -> None:
     control_group(limit, used)
-    assert memory.free_memory(CPU) == free
-    assert memory.total_memory(CPU) == int(limit)
+    assert device_memory.free_memory(CPU) == free
+    assert device_memory.total_memory(CPU) == int(limit)
 
 
 def test_a_control_group_without_a_limit_bounds_nothing(control_group: Any) -> None:
     control_group("max", "400000")
-    assert memory.free_memory(CPU) > 10**6
-    assert memory.total_memory(CPU) > 10**6
+    assert device_memory.free_memory(CPU) > 10**6
+    assert device_memory.total_memory(CPU) > 10**6
 
 
 @pytest.mark.parametrize(
@@ -369,13 +369,13 @@ def test_a_control_group_without_a_limit_bounds_nothing(control_group: Any) -> N
 )
 def test_what_cannot_be_read_of_a_control_group_is_no_limit(control_group: Any, limit: str, used: str | None) -> None:
     control_group(limit, used)
-    assert memory._group_limits() == []
+    assert device_memory._group_limits() == []
 
 
 def test_without_control_groups_there_is_no_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(memory, "_GROUP_ROOT", tmp_path / "none")
-    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "none")
-    assert memory._group_limits() == []
+    monkeypatch.setattr(device_memory, "_GROUP_ROOT", tmp_path / "none")
+    monkeypatch.setattr(device_memory, "_GROUPS", tmp_path / "none")
+    assert device_memory._group_limits() == []
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_without_control_groups_there_is_no_limit(monkeypatch: pytest.MonkeyPatc
 )
 def test_files_that_can_be_forgotten_are_free(control_group: Any, statistics: str, free: int) -> None:
     control_group("1000000", "400000", statistics=statistics)
-    assert memory.free_memory(CPU) == free
+    assert device_memory.free_memory(CPU) == free
 
 
 @pytest.mark.parametrize(
@@ -411,16 +411,16 @@ def test_all_groups_up_to_the_root_limit(
     (tmp_path / "groups of this process").write_text(groups)
     for number, folder in enumerate(folders, start=1):
         control_group(str(1_000_000 + number), str(number), at=folder)
-    assert sorted(memory._group_limits()) == [(1_000_000 + number, number) for number in sorted(limits)]
-    assert memory.total_memory(CPU) == 1_000_000 + min(limits)
+    assert sorted(device_memory._group_limits()) == [(1_000_000 + number, number) for number in sorted(limits)]
+    assert device_memory.total_memory(CPU) == 1_000_000 + min(limits)
 
 
 def test_memory_of_the_cpu_is_that_of_the_process() -> None:
     held = psutil.Process().memory_info().rss
-    assert memory.used_memory(CPU) == pytest.approx(held, rel=0.2)
-    assert memory.used_memory(CPU) < memory.total_memory(CPU)
+    assert device_memory.used_memory(CPU) == pytest.approx(held, rel=0.2)
+    assert device_memory.used_memory(CPU) < device_memory.total_memory(CPU)
     if os.uname().sysname == "Linux":
-        assert memory.peak_memory(CPU) >= 0.8 * held
+        assert device_memory.peak_memory(CPU) >= 0.8 * held
 
 
 # What training will take

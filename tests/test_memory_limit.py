@@ -40,7 +40,7 @@ FILLED = """
 import sys
 import torch
 from transformers import BertForSequenceClassification, TrainerCallback
-from hf_mbp import MBPConfig, MBPTrainer, memory, run_budget, run_cost
+from hf_mbp import device_memory, MBPConfig, MBPTrainer, run_budget, run_cost
 from hf_mbp.plan import Cost
 from tests.helpers import Pad, arguments, bert_config, token_rows, with_labels
 
@@ -62,12 +62,12 @@ trainer = MBPTrainer(
     args=arguments(sys.argv[2], per_device_train_batch_size=96, max_steps=3, optim="adamw_torch"),
     train_dataset=rows,
     data_collator=Pad(),
-    mbp_config=MBPConfig(memory_limit=memory.used_memory(cpu) + 300 * MIB),
+    mbp_config=MBPConfig(memory_limit=device_memory.used_memory(cpu) + 300 * MIB),
     callbacks=[Looks()],
 )
 trainer.train()
 room = trainer.mbp_feed.budget._profile.room
-print("shares", *(peak / room.allowed_bytes for peak in peaks), memory.peak_memory(cpu) / room.allowed_bytes)
+print("shares", *(peak / room.allowed_bytes for peak in peaks), device_memory.peak_memory(cpu) / room.allowed_bytes)
 print("of the room", *((peak - room.resting_bytes) / room.activation_bytes for peak in peaks))
 """
 

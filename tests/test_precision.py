@@ -335,7 +335,7 @@ def test_sums_are_counted_as_pending() -> None:
 
 
 def test_the_budget_leaves_room_for_the_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_mbp.memory.free_memory", lambda device: 10**9)
+    monkeypatch.setattr("hf_mbp.device_memory.free_memory", lambda device: 10**9)
     room = {}
     for accumulate in (False, True):
         model = half_model()

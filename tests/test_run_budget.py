@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import BertForMaskedLM, TrainerCallback
 
-from hf_mbp import control, memory, rehearsal
+from hf_mbp import control, device_memory, rehearsal
 from hf_mbp.gauge import Gauge
 from hf_mbp.plan import Budget
 from hf_mbp.rehearsal import longest_rows
@@ -66,8 +66,8 @@ class Looks(TrainerCallback):
 
 @pytest.fixture(autouse=True)
 def a_small_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "used_memory", lambda device: 0)
-    monkeypatch.setattr(memory, "free_memory", lambda device: 10**9)
+    monkeypatch.setattr(device_memory, "used_memory", lambda device: 0)
+    monkeypatch.setattr(device_memory, "free_memory", lambda device: 10**9)
 
 
 def run(folder: Path, factor: Any, *, resume_from: str | None = None, **changes: Any) -> tuple[Any, list[float]]:

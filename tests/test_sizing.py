@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from hf_mbp import MBPMixin, memory, sizing, wrapped
+from hf_mbp import MBPMixin, device_memory, memory, sizing, wrapped
 from hf_mbp.memory import AllocationTracker
 from hf_mbp.plan import Cost
 from hf_mbp.sizing import cost_of, measure_budget
@@ -244,7 +244,7 @@ def test_copies_leave_half_of_the_room_to_what_is_measured(tmp_path: Path, monke
 
     model.register_forward_pre_hook(noted)
     for free, copied in ((3, {True: True, False: True}), (1.5, {True: True, False: False})):
-        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: int(free * weights))
+        monkeypatch.setattr(device_memory, "free_memory", lambda device, free=free: int(free * weights))
         trainer = unsized(model, rows, tmp_path)
         measure_budget(trainer, rows, trainer.mbp_rows.sizes(rows))
         assert were_copied
@@ -295,8 +295,8 @@ def peaks_of(model: Any, rows: list[Any], folder: Path, **changes: Any) -> tuple
 @pytest.fixture
 def nothing_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits then mean the memory that training takes, whatever the tests have used before."""
-    monkeypatch.setattr(memory, "used_memory", lambda device: 0)
-    monkeypatch.setattr(memory, "peak_since_restart", lambda device: 0)
+    monkeypatch.setattr(device_memory, "used_memory", lambda device: 0)
+    monkeypatch.setattr(device_memory, "peak_since_restart", lambda device: 0)
 
 
 @pytest.mark.usefixtures("nothing_used")

@@ -23,7 +23,7 @@ from hf_mbp.cli.errors import UserError, say, user_errors
 from hf_mbp.cli.finetune import build_trainer
 from hf_mbp.cli.recipe import Recipe, read_recipe
 from hf_mbp.cli.training_arguments import TrainArguments
-from hf_mbp.memory import peak_memory
+from hf_mbp.device_memory import peak_memory
 from hf_mbp.out_of_memory import is_out_of_memory
 
 CONTESTANTS = ("Trainer", "MBPTrainer")

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from hf_mbp import memory
+from hf_mbp import device_memory, memory
 from hf_mbp.arrays import Ints
 from hf_mbp.byte_sizes import format_bytes, parse_memory_limit
 from hf_mbp.cli.errors import UserError, user_errors
@@ -116,10 +116,10 @@ def limit_bytes(recipe: Recipe, device: torch.device) -> int | None:
             "--memory_limit 24GiB"
         )
     if limit is not None:
-        return int(limit * memory.total_memory(device))
-    return _process_bytes(device) + int(memory.DEFAULT_FRACTION * memory.free_memory(device))
+        return int(limit * device_memory.total_memory(device))
+    return _process_bytes(device) + int(memory.DEFAULT_FRACTION * device_memory.free_memory(device))
 
 
 def _process_bytes(device: torch.device) -> int:
     """What Python and its libraries hold: of a CPU's memory, which a limit counts, too."""
-    return memory.used_memory(device) if device.type == "cpu" else 0
+    return device_memory.used_memory(device) if device.type == "cpu" else 0

@@ -65,13 +65,13 @@ def test_on_a_cpu_the_limit_counts_what_the_process_holds(
     recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in training, where the limit is of all that the process holds: else a plan would fit that does not run."""
-    monkeypatch.setattr("hf_mbp.memory.used_memory", lambda device: 10**9)
+    monkeypatch.setattr("hf_mbp.device_memory.used_memory", lambda device: 10**9)
     with pytest.raises(UserError, match=r"memory_limit is 900\.0 MiB, but .* and libraries alone take 9"):
         plan_run(read_recipe([str(recipe()), "--memory_limit", "900MiB"]), CPU)
 
 
 def test_memory_limit_makes_the_budget(recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_mbp.memory.used_memory", lambda device: 0)
+    monkeypatch.setattr("hf_mbp.device_memory.used_memory", lambda device: 0)
     file = str(recipe(per_device_train_batch_size=40))
     wide = plan_run(read_recipe([file, "--memory_limit", "64MiB"]), CPU)
     resident = wide.memory.resident_bytes

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import BertForMaskedLM, DataCollatorForLanguageModeling
 
-from hf_mbp import MBPTrainer, memory
+from hf_mbp import MBPTrainer, device_memory
 from tests.distributed.ending import leave
 from tests.helpers import bert_config, build, mbp_trainer, token_rows, tokenizer
 
@@ -28,7 +28,7 @@ class KeepsMasks(MBPTrainer):
 
 def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
-    memory.free_memory = lambda _: FREE[rank]
+    device_memory.free_memory = lambda _: FREE[rank]
     trainer = mbp_trainer(
         build(BertForMaskedLM, bert_config()),
         token_rows(8) * 2,  # the same 8 rows on either rank

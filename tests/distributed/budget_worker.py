@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import BertForMaskedLM, TrainerCallback
 
-from hf_mbp import control, memory
+from hf_mbp import control, device_memory
 from tests.distributed.ending import leave
 from tests.helpers import bert_config, build, masked_prefix, mbp_trainer, token_rows, with_labels
 from tests.test_run_budget import Told
@@ -32,8 +32,8 @@ class Looks(TrainerCallback):
 def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     control.FAILURE_HOLDS = 5  # so that the budget grows back within the run
-    memory.used_memory = lambda _: 0
-    memory.free_memory = lambda _: 10**9
+    device_memory.used_memory = lambda _: 0
+    device_memory.free_memory = lambda _: 10**9
     looks = Looks()
     trainer = mbp_trainer(
         build(BertForMaskedLM, bert_config()),
