@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hf_mbp.checkpoints import STATE, fault_of_state, last_checkpoint
@@ -64,6 +66,19 @@ def has_own_card(folder: Path) -> bool:
     """Whether the folder's README.md is one that a run has written."""
     file = folder / CARD
     return file.is_file() and CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
+
+
+@contextmanager
+def kept(file: Path) -> Iterator[None]:
+    """Undo what is done to a file meanwhile: it has its content back, or is not there, as before."""
+    content = file.read_bytes() if file.is_file() else None
+    try:
+        yield
+    finally:
+        if content is not None:
+            file.write_bytes(content)
+        elif file.is_file():
+            file.unlink()
 
 
 def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
