@@ -34,6 +34,7 @@ from hf_mbp.cli.recipe import Recipe, Values, dump_recipe, find_task_name, read_
 from hf_mbp.cli.resuming import checkpoint_error
 from hf_mbp.cli.tasks import find_task, load_processor
 from hf_mbp.cli.tasks.base import TaskSetup
+from hf_mbp.cli.turns import first_process_first
 from hf_mbp.trainer import MBPMixin
 
 Metrics = dict[str, Any]
@@ -91,11 +92,11 @@ def prepare(recipe: Recipe) -> tuple[Any, TaskSetup]:
     if recipe.train.device.type == "cpu" and "dataloader_pin_memory" not in recipe.given:
         recipe.train.dataloader_pin_memory = False  # nothing to pin for; torch would warn
     set_seed(recipe.train.seed)  # before the model is loaded: a new classification head is random
-    with recipe.train.main_process_first(desc="preparing data"):
+    with first_process_first():
         config = load_config(recipe.model)
         processor = load_processor(recipe.run.task, recipe.model, config)
         splits = load_splits(recipe.data, recipe.folder, recipe.train.seed)
-        return processor, prepare_task(splits, processor, config, recipe.model, recipe.data)
+    return processor, prepare_task(splits, processor, config, recipe.model, recipe.data)
 
 
 def make_trainer(recipe: Recipe, processor: Any, setup: TaskSetup) -> MBPMixin:
