@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 
 from hf_mbp.byte_sizes import format_bytes, parse_memory_limit
+from hf_mbp.collate import has_targets
 from hf_mbp.fake import CudaKernels, backward, fake_like, fake_tensors, fake_twin
 from hf_mbp.memory import DEFAULT_FRACTION, AllocationTracker
 
@@ -351,7 +352,8 @@ def default_inputs(model: Any, rows: int, width: int, target_width: int) -> dict
 def estimate_max_tokens(model: nn.Module, width: int, memory_limit: str | int, **options: Any) -> int:
     """The budget, `max_tokens_per_micro_batch`, that a device with so much memory allows for rows of `width` tokens.
 
-    A tenth of the memory is left to what is not counted: the CUDA context, scratch memory of kernels, fragmentation.
+    Of an encoder-decoder it counts, as in training, the tokens of source and target together. A tenth of the memory is
+    left to what is not counted: the CUDA context, scratch memory of kernels, fragmentation.
 
     Args:
         model: as in `estimate_memory`.
@@ -383,4 +385,4 @@ def estimate_max_tokens(model: nn.Module, width: int, memory_limit: str | int, *
     rows = 1 + (room - one.activation_bytes) // max(1, two.activation_bytes - one.activation_bytes)
     while rows > 1 and (needed := estimate_memory(model, rows, width, **options).activation_bytes) > room:
         rows = max(1, min(rows - 1, rows * room // needed))
-    return rows * width
+    return rows * (width + (options.get("target_width") or width if has_targets(model) else 0))
