@@ -26,6 +26,7 @@ from hf_mbp.cli.output import (
     delete_run,
     delete_start,
     find_checkpoint,
+    is_of_run,
     refuse_other_run,
 )
 from hf_mbp.cli.padding import PaddingTotals
@@ -62,14 +63,15 @@ def finetune(recipe: Recipe) -> None:
     """
     folder = Path(str(recipe.train.output_dir))
     checkpoint = find_checkpoint(recipe.train.resume_from_checkpoint, folder)
-    refuse_other_run(folder, overwrite=recipe.run.overwrite_output_dir, resuming=checkpoint is not None)
+    goes_on = is_of_run(checkpoint, folder)
+    refuse_other_run(folder, overwrite=recipe.run.overwrite_output_dir, resuming=goes_on)
     if recipe.run.dry_run:
         rehearse(recipe, prepare, make_trainer)
         return
     trainer = build_trainer(recipe)
-    with _claimed_folder(recipe, folder, resuming=checkpoint is not None):
-        before = _evaluate_before(trainer, recipe, folder, resuming=checkpoint is not None)
-        trained = _train(trainer, checkpoint, folder)
+    with _claimed_folder(recipe, folder, resuming=goes_on):
+        before = _evaluate_before(trainer, recipe, checkpoint)
+        trained = _train(trainer, checkpoint)
     trainer.write_card = partial(write_card, trainer, recipe, metrics := {**before, **trained})
     trainer.save_model()
     trainer.save_state()
@@ -149,12 +151,16 @@ def _claimed_folder(recipe: Recipe, folder: Path, *, resuming: bool) -> Iterator
         raise
 
 
-def _evaluate_before(trainer: MBPMixin, recipe: Recipe, folder: Path, *, resuming: bool) -> Metrics:
+def _evaluate_before(trainer: MBPMixin, recipe: Recipe, checkpoint: Path | None) -> Metrics:
     if not recipe.run.eval_before_training:
         return {}
-    if resuming:  # the untrained model was evaluated when the run began
-        return _saved(folder / BEFORE_RESULTS)
-    return _evaluate(trainer, "eval_before")
+    if checkpoint is None:
+        return _evaluate(trainer, "eval_before")
+    # The untrained model was evaluated when the run began, maybe in another folder.
+    before = _saved(checkpoint.parent / BEFORE_RESULTS)
+    if before:
+        trainer.save_metrics("eval_before", before)
+    return before
 
 
 def _saved(file: Path) -> Metrics:
@@ -184,7 +190,7 @@ class _Progress(TrainerCallback):
         self.has_begun = True
 
 
-def _train(trainer: MBPMixin, checkpoint: Path | None, folder: Path) -> Metrics:
+def _train(trainer: MBPMixin, checkpoint: Path | None) -> Metrics:
     progress = _Progress()
     trainer.add_callback(progress)
     try:
@@ -203,7 +209,7 @@ def _train(trainer: MBPMixin, checkpoint: Path | None, folder: Path) -> Metrics:
     # It was trained to its end, and perhaps interrupted after that: what is still due is done, and its figures stay.
     done, wanted = trainer.state.global_step, trainer.state.max_steps
     say(f"{checkpoint} is at step {done:,} of {wanted:,}: nothing was left to train")
-    return _saved(folder / TRAIN_RESULTS)
+    return _saved(checkpoint.parent / TRAIN_RESULTS)
 
 
 def _draw(trainer: MBPMixin, folder: Path, before: Metrics, trained: Metrics) -> None:

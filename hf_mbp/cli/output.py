@@ -105,6 +105,11 @@ def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
     return Path(wanted)
 
 
+def is_of_run(checkpoint: Path | None, folder: Path) -> bool:
+    """Whether going on from the checkpoint goes on with the run in the folder, and not with one that was elsewhere."""
+    return checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+
+
 def _traces(folder: Path) -> list[Path]:
     return [
         path for path in (*(folder / name for name in _RESULTS), *sorted(folder.glob("checkpoint-*"))) if path.exists()
