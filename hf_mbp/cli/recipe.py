@@ -69,6 +69,10 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
         given["config_name"] = resolve_config(given["config_name"], folder)
     if given.get("packing") and given.get("max_length") is None:
         raise UserError("packing needs max_length: rows are put together up to so many tokens; write one, such as 1024")
+    if given.get("eval_packing") and not given.get("packing"):
+        raise UserError(
+            "eval_packing goes with packing: TRL tells packed rows apart only where it packs those of training"
+        )
     if given.get("use_peft") and task not in TRL_TASKS:
         raise UserError(f"use_peft: adapters are trained by {' and '.join(TRL_TASKS)}, not by task {task}")
     with user_errors("bad option", (ValueError, TypeError, ImportError)):

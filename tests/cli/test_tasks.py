@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, EvalPrediction
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
 from hf_mbp.cli.errors import UserError
+from hf_mbp.cli.metrics import cross_entropy
 from hf_mbp.cli.models import load_config, load_tokenizer
 from hf_mbp.cli.splits import Splits
 from hf_mbp.cli.tasks import TASKS, find_task, text_classification
@@ -118,6 +119,18 @@ class TestTextClassification:
         assert classify(tmp_path / "trained", 1, 0).train["labels"][:] == [1, 0]
         with pytest.raises(UserError, match="does not have: '2'"):
             classify(tmp_path / "trained", 1, 2)
+
+    @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+    def test_what_a_model_was_trained_for_before_is_over(self, encoder: Path, tmp_path: Path, kind: str) -> None:
+        """Its loss was another one, of numbers or of several labels a row."""
+        first = classify(encoder, "ham", "spam").model
+        first.config.problem_type = kind
+        first.save_pretrained(tmp_path / "trained")
+        AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "trained")
+        setup = classify(tmp_path / "trained", "x", "y", "z", new_head=True)
+        batch = setup.collator([setup.train[i] for i in range(3)])
+        outputs = setup.model.eval()(**batch)
+        assert outputs.loss.item() == pytest.approx(cross_entropy(outputs.logits.detach().numpy(), np.arange(3)))
 
     def test_rows_are_cut_but_not_padded_and_the_user_is_told(
         self, encoder: Path, capsys: pytest.CaptureFixture[str]

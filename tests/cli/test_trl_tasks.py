@@ -405,6 +405,7 @@ def test_the_task_says_what_the_options_are(sft: Callable[..., Path], recipe: Ca
         ({"beta": 0.1}, "'beta' is not a known key"),
         ({"loss_type": "hinge"}, "invalid choice: 'hinge'"),
         ({"packing": True}, "packing needs max_length"),
+        ({"eval_packing": True, "max_length": 48}, "eval_packing goes with packing"),
         ({"lora_r": 0}, "lora_r is 0; write a whole number from 1"),
         ({"lora_dropout": 1.5}, "lora_dropout is 1.5; write a number from 0"),
         ({"task": "language_modeling", "use_peft": True}, "adapters are trained by instruction_tuning and preference"),
