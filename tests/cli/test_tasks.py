@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from transformers import AutoConfig, AutoTokenizer, EvalPrediction
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoTokenizer, EvalPrediction, PreTrainedTokenizerFast
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
 from hf_mbp.cli.errors import UserError
@@ -18,6 +19,7 @@ from hf_mbp.cli.splits import Splits
 from hf_mbp.cli.tasks import TASKS, find_task, text_classification
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.language_modeling import encode_conversation
+from hf_mbp.cli.tasks.preference_tuning import encode_pair
 
 Prepared = Callable[..., TaskSetup]
 
@@ -33,6 +35,21 @@ def prepare(task: str, model: Path, train: Any, validation: Any = None, **option
     config = load_config(model_arguments)
     tokenizer = load_tokenizer(model_arguments, config)
     return TASKS[task](splits, tokenizer, config, model_arguments, DataArguments(train_file="train.x", **options))
+
+
+def blank_tokenizer(scheme: str) -> PreTrainedTokenizerFast:
+    """Of letters and a few words, each with the blank in front of it."""
+    symbols = ["<unk>", "</s>", *"abehinorstu\u2581\n<>|", "\u2581a", "\u2581b", "\u2581h", "\u2581hi"]
+    merges = [("\u2581", "a"), ("\u2581", "b"), ("\u2581", "h"), ("\u2581h", "i")]
+    vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    fast.chat_template = (
+        "{% for m in messages %}{{ '<' + m['role'] + '>\n' + m['content'] + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>\n' }}{% endif %}"
+    )
+    return fast
 
 
 def classify(model: Path, *labels: Any, validation: tuple[Any, ...] | None = None, **options: Any) -> TaskSetup:
@@ -281,6 +298,25 @@ class TestLanguageModeling:
     def test_what_is_no_conversation(self, tokenizer: Any, messages: Any, message: str) -> None:
         with pytest.raises(UserError, match=message):
             encode_conversation(tokenizer, messages)
+
+    @pytest.mark.parametrize("scheme", ["first", "always"])
+    def test_tokenizers_that_begin_with_a_blank(self, scheme: str) -> None:
+        """Llama's: it is in front of the conversation, and of no answer in it."""
+        tokenizer = blank_tokenizer(scheme)
+        contents = [("user", "a hi"), ("assistant", "hi b"), ("user", "b"), ("assistant", "a")]
+        messages = [{"role": role, "content": content} for role, content in contents]
+        ids, labels = encode_conversation(tokenizer, messages)
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+        learned = tokenizer.convert_ids_to_tokens([label for label in labels if label != -100])
+        assert learned[:4] == ["h", "i", "\u2581b", "</s>"]
+        better, worse = ([*messages[:3], {"role": "assistant", "content": content}] for content in ("hi", "a"))
+        prompt, *answers = encode_pair(tokenizer, better, worse, "rows")
+        begin = len(tokenizer.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True))
+        for answer, conversation in zip(answers, (better, worse), strict=True):
+            whole = tokenizer.apply_chat_template(conversation, tokenize=False)
+            assert prompt + answer == tokenizer(whole, add_special_tokens=False)["input_ids"]
+            assert prompt == tokenizer(whole[:begin], add_special_tokens=False)["input_ids"]
 
     def test_what_the_template_itself_refuses(self, tokenizer: Any) -> None:
         tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"

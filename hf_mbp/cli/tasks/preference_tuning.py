@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -189,5 +190,6 @@ def encode_pair(
         )
     *before, (better, _) = split_conversation(tokenizer, chosen)
     *_, (worse, _) = split_conversation(tokenizer, rejected)
-    prompt = [token for text, _ in before for token in encode_piece(tokenizer, text)]
-    return prompt, encode_piece(tokenizer, better), encode_piece(tokenizer, worse)
+    pieces = ["", *(text for text, _ in before)]
+    prompt = [token for previous, text in pairwise(pieces) for token in encode_piece(tokenizer, text, previous)]
+    return prompt, encode_piece(tokenizer, better, pieces[-1]), encode_piece(tokenizer, worse, pieces[-1])
