@@ -6,7 +6,7 @@ counted. So the peak is that of the operators which really run, and not of a for
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -157,14 +157,22 @@ def _check_positions(model: nn.Module, width: int) -> None:
     """Fake tensors have no values, so that a position beyond the table of positions is not an error by itself."""
     if getattr(model, "main_input_name", None) == "pixel_values":
         return
-    for name, module in model.named_modules():
-        is_table = isinstance(module, nn.Embedding) and re.search(r"(position[^.]*|wpe)$", name) is not None
-        places = int(module.num_embeddings) - (1 + module.padding_idx if module.padding_idx else 0) if is_table else 0
-        if 0 < places < width:
+    for name, places in tables_of_positions(model):
+        if places < width:
             raise ValueError(
                 f"width={width}: the model has positions for {places} tokens only ({name}). Write a smaller width, or "
                 "make the model with more (max_position_embeddings in most configurations)."
             )
+
+
+def tables_of_positions(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """The tables of learned positions by name, each with the tokens that it has places for.
+
+    That of RoBERTa and its kin begins with places for padding, and their configurations count these, too.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and re.search(r"(position[^.]*|wpe)$", name):
+            yield name, int(module.num_embeddings) - (1 + module.padding_idx if module.padding_idx else 0)
 
 
 def _device(model: nn.Module, device: str | None) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoTokenizer, EvalPrediction, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, EvalPrediction, PreTrainedTokenizerFast, RobertaConfig
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
 from hf_mbp.cli.errors import UserError
@@ -20,6 +20,7 @@ from hf_mbp.cli.tasks import TASKS, find_task, text_classification
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.language_modeling import encode_conversation
 from hf_mbp.cli.tasks.preference_tuning import encode_pair
+from tests.cli.conftest import SIZES, word_tokenizer
 
 Prepared = Callable[..., TaskSetup]
 
@@ -327,6 +328,16 @@ class TestLanguageModeling:
     def test_missing_columns(self, chat_model: Path) -> None:
         with pytest.raises(UserError, match=r"no column 'a' \(option answer_column\); its columns are q"):
             prepare("language_modeling", chat_model, [{"q": "a"}], prompt_column="q", answer_column="a")
+
+
+def test_places_for_padding_are_none_for_tokens(tmp_path: Path) -> None:
+    """RoBERTa's configuration counts both, and some tokenizers on the Hub know no limit."""
+    word_tokenizer(pad_token="[PAD]").save_pretrained(tmp_path)
+    RobertaConfig(vocab_size=99, max_position_embeddings=34, pad_token_id=1, **SIZES).save_pretrained(tmp_path)
+    rows = [{"text": "a " * number, "label": number % 2} for number in (33, 40)]
+    setup = prepare("text_classification", tmp_path, rows, random_weights=True)
+    assert [len(ids) for ids in setup.train["input_ids"]] == [32, 32]
+    setup.model(**setup.collator([setup.train[0]]))
 
 
 def test_config_limits_the_tokenizer(chat_model: Path) -> None:
