@@ -19,7 +19,7 @@ from hf_mbp.cli.arguments import ModelArguments
 from hf_mbp.cli.errors import say
 from hf_mbp.cli.models import described
 from hf_mbp.cli.output import CARD, CARD_MARK, PLOTS, RECIPE, has_own_card
-from hf_mbp.cli.padding import PaddingTotals
+from hf_mbp.cli.padding import RESUMED_AT, PaddingTotals, part_of_run
 from hf_mbp.cli.recipe import Recipe
 from hf_mbp.cli.trainers import FinetuneTrainer
 
@@ -141,9 +141,15 @@ def _training(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics) -> dic
         "budget": _budget(trainer),
         "padding": str(totals).removeprefix("padding ") if totals else None,
         "exactness": trainer.mbp_feed.check.outcome,
-        "training time": f"{metrics['train_runtime']:,.0f} s" if "train_runtime" in metrics else None,
+        "training time": _time(metrics),
     }
     return {name: value for name, value in known.items() if value}
+
+
+def _time(metrics: Metrics) -> str | None:
+    if "train_runtime" not in metrics:
+        return None
+    return f"{metrics['train_runtime']:,.0f} s{part_of_run(metrics.get(RESUMED_AT, 0))}"
 
 
 def _epochs(number: float) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
 
 from hf_mbp.cli.card import write_card
 from hf_mbp.cli.command import run_command
@@ -29,7 +29,7 @@ from hf_mbp.cli.output import (
     is_of_run,
     refuse_other_run,
 )
-from hf_mbp.cli.padding import PaddingTotals
+from hf_mbp.cli.padding import RESUMED_AT, PaddingTotals
 from hf_mbp.cli.plots import plot_loss, plot_padding
 from hf_mbp.cli.recipe import Recipe, Values, dump_recipe, find_task_name, read_recipe, recipe_parser
 from hf_mbp.cli.resuming import checkpoint_error
@@ -180,10 +180,12 @@ class _Progress(TrainerCallback):
     """Notes how far training has come: whether a checkpoint was read, and whether the first step has begun."""
 
     is_loaded = has_begun = False
+    resumed_at = 0
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, _args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         """All of a checkpoint was read, but for the states of random numbers."""
         self.is_loaded = True
+        self.resumed_at = state.global_step
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """The first step is planned."""
@@ -205,7 +207,7 @@ def _train(trainer: MBPMixin, checkpoint: Path | None) -> Metrics:
             raise UserError(f"training cannot start: {error}") from error
         raise
     if progress.has_begun or checkpoint is None:
-        return metrics
+        return {**metrics, RESUMED_AT: progress.resumed_at} if progress.resumed_at else metrics
     # It was trained to its end, and perhaps interrupted after that: what is still due is done, and its figures stay.
     done, wanted = trainer.state.global_step, trainer.state.max_steps
     say(f"{checkpoint} is at step {done:,} of {wanted:,}: nothing was left to train")

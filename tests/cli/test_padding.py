@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from hf_mbp.cli.padding import PaddingTotals
-from hf_mbp.cli.plots import plot_loss, plot_padding
+from hf_mbp.cli.plots import _draw_steps, plot_loss, plot_padding
 
 METRICS = {"mbp_tokens": 400_000, "mbp_cells": 412_345, "mbp_padding_fraction_unsplit": 0.41}
 LOGS: list[dict[str, Any]] = [
@@ -22,6 +23,19 @@ def test_the_line() -> None:
     assert str(PaddingTotals.from_metrics(METRICS)) == (
         "padding 3.0 % of 412,345 cells; padding every batch to its longest row would have cost 41.0 % of 677,966 cells"
     )
+
+
+def test_the_line_of_a_run_that_was_resumed() -> None:
+    totals = PaddingTotals.from_metrics({**METRICS, "train_resumed_at_step": 1200})
+    assert str(totals).startswith("padding 3.0 % of 412,345 cells after step 1,200; ")
+
+
+def test_bars_of_a_run_that_was_resumed_cover_the_steps_that_were_counted() -> None:
+    axes = Figure().add_subplot()
+    _draw_steps(axes, [(10, 90, 100), (20, 40, 50)], resumed_at=15)
+    tokens, padding = axes.containers
+    assert [(bar.get_x(), bar.get_width(), bar.get_height()) for bar in tokens] == [(0, 10, 9), (15, 5, 8)]
+    assert [bar.get_height() for bar in padding] == [1, 2]
 
 
 def test_a_run_that_counted_nothing() -> None:
