@@ -16,6 +16,9 @@ EXIT_CODE = 2
 FAILED = 1
 """After a run that failed."""
 
+INTERRUPTED = 130
+"""After Ctrl-C, as shells count it."""
+
 _MOST_CHARACTERS = 800
 """Of a message in one line; some of torch's are pages."""
 
@@ -106,6 +109,12 @@ def run_reporting_errors(command: Callable[[], int | None], argv: Sequence[str])
     except RunFailedError as error:
         tell_error(str(error))
         return FAILED
+    except KeyboardInterrupt:
+        if show_traceback:
+            traceback.print_exc()
+        if _speaks_for_its_machine():
+            tell_error(f"interrupted{_which_process()}")
+        return INTERRUPTED
     except Exception as error:
         if show_traceback:
             traceback.print_exc()

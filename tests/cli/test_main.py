@@ -120,8 +120,14 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert run_reporting_errors(lambda: None, []) == 0
     assert run_reporting_errors(lambda: 1, []) == 1
+
+    def interruption() -> None:
+        raise KeyboardInterrupt
+
     assert run_reporting_errors(mistake, []) == 2
     assert capsys.readouterr().err == "error: no file x.csv\n"
+    assert run_reporting_errors(interruption, []) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
 
 
 @pytest.mark.parametrize(
