@@ -133,6 +133,7 @@ def _training(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics) -> dic
         "evaluated on": _evaluation_rows(trainer, recipe),
         "mini-batch": f"{rows:,} rows, on {devices}",
         "optimizer steps": f"{trainer.state.global_step:,} ({_epochs(trainer.state.epoch or 0)})",
+        "weights": _weights(trainer),
         "optimizer": f"{getattr(args.optim, 'value', args.optim)}, learning rate {args.learning_rate:g}, "
         f"{getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)} schedule",
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else None,
@@ -144,6 +145,14 @@ def _training(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics) -> dic
         "training time": _time(metrics),
     }
     return {name: value for name, value in known.items() if value}
+
+
+def _weights(trainer: FinetuneTrainer) -> str | None:
+    """Of which step the weights are, if not of the last."""
+    state, measure = trainer.state, trainer.args.metric_for_best_model
+    if not trainer.args.load_best_model_at_end or state.best_metric is None:
+        return None
+    return f"of step {state.best_global_step:,}, the best of those evaluated by {measure} ({state.best_metric:.4g})"
 
 
 def _time(metrics: Metrics) -> str | None:

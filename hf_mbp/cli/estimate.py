@@ -18,14 +18,12 @@ from hf_mbp.cli.heads import HEADS, USUAL_WIDTH
 from hf_mbp.cli.images import PIXELS
 from hf_mbp.cli.models import described, load_config, load_model
 from hf_mbp.cli.plan_memory import reference_bytes
-from hf_mbp.cli.recipe import Values, parse_options, read_recipe, recipe_parser
+from hf_mbp.cli.recipe import SUFFIXES, Values, parse_options, read_recipe, recipe_parser
 from hf_mbp.cli.shapes import row_sizes, set_up
 from hf_mbp.cli.training_arguments import TrainArguments
 from hf_mbp.collate import has_targets
 from hf_mbp.estimate import MemoryEstimate, estimate_max_tokens, estimate_memory
 from hf_mbp.memory import DEFAULT_FRACTION
-
-_SUFFIXES = (".yaml", ".yml")
 
 _OF_TRAINING = ("bf16", "fp16", "gradient_checkpointing", "optim")
 
@@ -73,7 +71,7 @@ def _estimate(argv: Sequence[str]) -> None:
     source, given = parse_options(recipe_parser(), rest)
     if source is None:
         raise UserError("command line: name a model or a recipe: hf-mbp estimate MODEL|RECIPE.yaml")
-    subject = _of_recipe(rest, options) if source.endswith(_SUFFIXES) else _of_model(source, given, options)
+    subject = _of_recipe(rest, options) if source.endswith(SUFFIXES) else _of_model(source, given, options)
     with user_errors("the memory cannot be predicted", (ValueError, ImportError)):
         estimate = subject.estimate(options.rows)
     say(as_text(subject, options.rows, estimate))

@@ -27,7 +27,7 @@ def plot_loss(logs: Iterable[Log], before: Log, path: Path) -> bool:
     """
     logs = list(logs)
     train = [(log["step"], log["loss"]) for log in logs if "loss" in log]
-    evaluation = [(0, value) for key, value in before.items() if key.endswith("_loss")]
+    evaluation = [(0, before["eval_before_loss"])] if "eval_before_loss" in before else []
     evaluation += [(log["step"], log["eval_loss"]) for log in logs if "eval_loss" in log]
     if not train and not evaluation:
         return False

@@ -46,6 +46,20 @@ def test_what_it_says(written: Path, encoder: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in text, "cards are made to be shared"
 
 
+def test_it_says_of_which_step_the_weights_are(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    saving = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 10.0}
+    assert main([str(recipe(max_steps=3, **saving, **best))]) == 0
+    logs = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"][
+        :-1
+    ]  # the last one is after
+    losses = {log["step"]: log["eval_loss"] for log in logs if "eval_loss" in log}
+    step = min(losses, key=lambda at: losses[at])
+    text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    line = f"| weights | of step {step}, the best of those evaluated by eval_loss ({losses[step]:.4g}) |"
+    assert line in text
+
+
 def test_its_head_is_what_the_hub_takes(written: Path) -> None:
     head = ModelCard.load(written).data.to_dict()
     assert head == {

@@ -50,6 +50,15 @@ def test_loss(tmp_path: Path, logs: list[dict[str, Any]], before: dict[str, floa
     assert_drawn(tmp_path / "loss.png")
 
 
+def test_one_loss_is_drawn_of_the_evaluation_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixtures of experts have another one in their metrics."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr("hf_mbp.cli.plots._save", lambda figure, _: drawn.append(figure))
+    assert plot_loss([], {"eval_before_aux_loss": 8.0, "eval_before_loss": 2.2}, tmp_path / "loss.png")
+    (line,) = drawn[0].axes[0].get_lines()
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0], [2.2])
+
+
 def test_padding(tmp_path: Path) -> None:
     assert plot_padding(LOGS, PaddingTotals.from_metrics(METRICS), tmp_path / "padding.png")
     assert_drawn(tmp_path / "padding.png")
