@@ -148,7 +148,7 @@ def _training(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics) -> dic
 
 
 def _weights(trainer: FinetuneTrainer) -> str | None:
-    """Of which step the weights are, if not of the last."""
+    """Of which step the weights are, if they need not be those of the last."""
     state, measure = trainer.state, trainer.args.metric_for_best_model
     if not trainer.args.load_best_model_at_end or state.best_metric is None:
         return None

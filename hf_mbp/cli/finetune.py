@@ -70,7 +70,7 @@ def finetune(recipe: Recipe) -> None:
         return
     trainer = build_trainer(recipe)
     with _claimed_folder(recipe, folder, resuming=goes_on):
-        before = _evaluate_before(trainer, recipe, checkpoint)
+        before = _evaluate_before(trainer, recipe, folder, checkpoint)
         trained = _train(trainer, checkpoint)
     trainer.write_card = partial(write_card, trainer, recipe, metrics := {**before, **trained})
     trainer.save_model()
@@ -151,14 +151,14 @@ def _claimed_folder(recipe: Recipe, folder: Path, *, resuming: bool) -> Iterator
         raise
 
 
-def _evaluate_before(trainer: MBPMixin, recipe: Recipe, checkpoint: Path | None) -> Metrics:
+def _evaluate_before(trainer: MBPMixin, recipe: Recipe, folder: Path, checkpoint: Path | None) -> Metrics:
     if not recipe.run.eval_before_training:
         return {}
     if checkpoint is None:
         return _evaluate(trainer, "eval_before")
     # The untrained model was evaluated when the run began, maybe in another folder.
     before = _saved(checkpoint.parent / BEFORE_RESULTS)
-    if before:
+    if before and not is_of_run(checkpoint, folder):
         trainer.save_metrics("eval_before", before)
     return before
 

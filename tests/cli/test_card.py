@@ -50,10 +50,8 @@ def test_it_says_of_which_step_the_weights_are(recipe: Callable[..., Path], tmp_
     saving = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 10.0}
     assert main([str(recipe(max_steps=3, **saving, **best))]) == 0
-    logs = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"][
-        :-1
-    ]  # the last one is after
-    losses = {log["step"]: log["eval_loss"] for log in logs if "eval_loss" in log}
+    logs = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    losses = {log["step"]: log["eval_loss"] for log in reversed(logs) if "eval_loss" in log}  # the last is of the best
     step = min(losses, key=lambda at: losses[at])
     text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     line = f"| weights | of step {step}, the best of those evaluated by eval_loss ({losses[step]:.4g}) |"
