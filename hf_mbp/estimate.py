@@ -157,7 +157,7 @@ def _check_positions(model: nn.Module, width: int) -> None:
     """Fake tensors have no values, so that a position beyond the table of positions is not an error by itself."""
     if getattr(model, "main_input_name", None) == "pixel_values":
         return
-    for name, places in tables_of_positions(model):
+    for name, _, places in tables_of_positions(model):
         if places < width:
             raise ValueError(
                 f"width={width}: the model has positions for {places} tokens only ({name}). Write a smaller width, or "
@@ -165,14 +165,15 @@ def _check_positions(model: nn.Module, width: int) -> None:
             )
 
 
-def tables_of_positions(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """The tables of learned positions by name, each with the tokens that it has places for.
+def tables_of_positions(model: nn.Module) -> Iterator[tuple[str, int, int]]:
+    """The tables of learned positions by name, each with its size and with how many tokens it has places for.
 
-    That of RoBERTa and its kin begins with places for padding, and their configurations count these, too.
+    That of RoBERTa and its kin begins with places for padding.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and re.search(r"(position[^.]*|wpe)$", name):
-            yield name, int(module.num_embeddings) - (1 + module.padding_idx if module.padding_idx else 0)
+            size = int(module.num_embeddings)
+            yield name, size, size - (1 + module.padding_idx if module.padding_idx else 0)
 
 
 def _device(model: nn.Module, device: str | None) -> str:

@@ -52,19 +52,19 @@ def load_tokenizer(arguments: ModelArguments, config: PreTrainedConfig) -> PreTr
         say(f"the tokenizer has no padding token; {tokenizer.eos_token!r} pads")
     positions = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
     if positions < _NO_LIMIT and positions <= tokenizer.model_max_length:  # else the tokenizer knows of fewer
-        positions = min(positions, *_places(config, arguments))
+        positions = _places(config, positions, arguments)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
 
 
-def _places(config: PreTrainedConfig, arguments: ModelArguments) -> list[int]:
-    """How many tokens the tables of positions have places for, which may be fewer than the configuration says."""
+def _places(config: PreTrainedConfig, stated: int, arguments: ModelArguments) -> int:
+    """How many tokens the positions are for, of which the configuration has stated the number; some are for padding."""
     with torch.device("meta"):
         try:
             model = AutoModel.from_config(copy.deepcopy(config), trust_remote_code=arguments.trust_remote_code)
         except ValueError:  # AutoModel knows no class for it, and so nobody knows better than the configuration
-            return [_NO_LIMIT]
-    return [_NO_LIMIT, *(places for _, places in tables_of_positions(model))]
+            return stated
+    return min((places for _, size, places in tables_of_positions(model) if size == stated), default=stated)
 
 
 def load_image_processor(arguments: ModelArguments, config: PreTrainedConfig) -> Any:  # noqa: ARG001 - as the above
