@@ -6,7 +6,7 @@ counted. So the peak is that of the operators which really run, and not of a for
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 
 from hf_mbp.byte_sizes import format_bytes, parse_memory_limit
+from hf_mbp.collate import has_targets
 from hf_mbp.fake import CudaKernels, backward, fake_like, fake_tensors, fake_twin
 from hf_mbp.memory import DEFAULT_FRACTION, AllocationTracker
 
@@ -156,14 +157,23 @@ def _check_positions(model: nn.Module, width: int) -> None:
     """Fake tensors have no values, so that a position beyond the table of positions is not an error by itself."""
     if getattr(model, "main_input_name", None) == "pixel_values":
         return
-    for name, module in model.named_modules():
-        is_table = isinstance(module, nn.Embedding) and re.search(r"(position[^.]*|wpe)$", name) is not None
-        places = int(module.num_embeddings) - (1 + module.padding_idx if module.padding_idx else 0) if is_table else 0
-        if 0 < places < width:
+    for name, _, places in tables_of_positions(model):
+        if places < width:
             raise ValueError(
                 f"width={width}: the model has positions for {places} tokens only ({name}). Write a smaller width, or "
                 "make the model with more (max_position_embeddings in most configurations)."
             )
+
+
+def tables_of_positions(model: nn.Module) -> Iterator[tuple[str, int, int]]:
+    """The tables of learned positions by name, each with its size and with how many tokens it has places for.
+
+    That of RoBERTa and its kin begins with places for padding.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and re.search(r"(position[^.]*|wpe)$", name):
+            size = int(module.num_embeddings)
+            yield name, size, size - (1 + module.padding_idx if module.padding_idx else 0)
 
 
 def _device(model: nn.Module, device: str | None) -> str:
@@ -351,7 +361,8 @@ def default_inputs(model: Any, rows: int, width: int, target_width: int) -> dict
 def estimate_max_tokens(model: nn.Module, width: int, memory_limit: str | int, **options: Any) -> int:
     """The budget, `max_tokens_per_micro_batch`, that a device with so much memory allows for rows of `width` tokens.
 
-    A tenth of the memory is left to what is not counted: the CUDA context, scratch memory of kernels, fragmentation.
+    Of an encoder-decoder it counts, as in training, the tokens of source and target together. A tenth of the memory is
+    left to what is not counted: the CUDA context, scratch memory of kernels, fragmentation.
 
     Args:
         model: as in `estimate_memory`.
@@ -383,4 +394,4 @@ def estimate_max_tokens(model: nn.Module, width: int, memory_limit: str | int, *
     rows = 1 + (room - one.activation_bytes) // max(1, two.activation_bytes - one.activation_bytes)
     while rows > 1 and (needed := estimate_memory(model, rows, width, **options).activation_bytes) > room:
         rows = max(1, min(rows - 1, rows * room // needed))
-    return rows * width
+    return rows * (width + (options.get("target_width") or width if has_targets(model) else 0))

@@ -24,7 +24,8 @@ class RunArguments:
         default=True, metadata={"help": "evaluate the untrained model, too, so that the result can be compared"}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "delete the earlier run (checkpoints, results) that output_dir holds"}
+        default=False,
+        metadata={"help": "delete the earlier run (checkpoints, results) that output_dir holds, if it does not go on"},
     )
     dry_run: bool = field(
         default=False,

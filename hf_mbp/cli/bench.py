@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.cli.command import run_command
-from hf_mbp.cli.errors import UserError, say, user_errors
+from hf_mbp.cli.errors import EXIT_CODE, RunFailedError, UserError, say, shows_traceback, user_errors
 from hf_mbp.cli.finetune import build_trainer
 from hf_mbp.cli.recipe import Recipe, read_recipe
 from hf_mbp.cli.training_arguments import TrainArguments
@@ -27,6 +27,9 @@ from hf_mbp.device_memory import peak_memory
 from hf_mbp.out_of_memory import is_out_of_memory
 
 CONTESTANTS = ("Trainer", "MBPTrainer")
+
+_WITHOUT_STOCK = ("embedding", "preference_tuning")
+"""Tasks whose loss the stock Trainer does not have."""
 
 _KILLED = (-9, 137)
 
@@ -102,6 +105,8 @@ def _bench(argv: Sequence[str]) -> None:
         contestant, _, file = one.partition(":")
         Path(file).write_text(json.dumps(asdict(measure(recipe, contestant, steps))), encoding="utf-8")
         return
+    if recipe.run.task in _WITHOUT_STOCK:
+        raise UserError(f"bench measures beside the stock Trainer, which has no loss for task {recipe.run.task}")
     if recipe.train.world_size > 1:
         raise UserError("bench measures one process; start it without a launcher")
     say(as_text([_in_own_process(name, argv) for name in CONTESTANTS], steps))
@@ -131,7 +136,10 @@ def _in_own_process(name: str, argv: Sequence[str]) -> Result:
         return Result(name=name, failure="was killed, most likely for its memory")
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     reason = told[-1].removeprefix("error: ") if told else f"ended with exit code {done.returncode}"
-    raise UserError(f"{name}: {reason}")
+    if shows_traceback(argv):
+        print(done.stderr, file=sys.stderr)
+    kind = UserError if done.returncode == EXIT_CODE else RunFailedError
+    raise kind(f"{name}: {reason}")
 
 
 def measure(recipe: Recipe, name: str, steps: int) -> Result:
@@ -161,6 +169,7 @@ def measure(recipe: Recipe, name: str, steps: int) -> Result:
 def _only_train(train: TrainArguments, steps: int) -> None:
     train.max_steps = steps
     train.eval_strategy = train.save_strategy = train.logging_strategy = "no"
+    train.eval_on_start = False
     train.report_to, train.push_to_hub, train.load_best_model_at_end = [], False, False
     train.resume_from_checkpoint = None
 

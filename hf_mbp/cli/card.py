@@ -15,10 +15,11 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from hf_mbp import __version__
+from hf_mbp.cli.arguments import ModelArguments
 from hf_mbp.cli.errors import say
 from hf_mbp.cli.models import described
 from hf_mbp.cli.output import CARD, CARD_MARK, PLOTS, RECIPE, has_own_card
-from hf_mbp.cli.padding import PaddingTotals
+from hf_mbp.cli.padding import RESUMED_AT, PaddingTotals, part_of_run
 from hf_mbp.cli.recipe import Recipe
 from hf_mbp.cli.trainers import FinetuneTrainer
 
@@ -27,15 +28,15 @@ Metrics = Mapping[str, Any]
 PIPELINE_TAGS: Mapping[str, str] = {
     "embedding": "sentence-similarity",
     "image_classification": "image-classification",
+    "instruction_tuning": "text-generation",
     "language_modeling": "text-generation",
     "masked_language_modeling": "fill-mask",
+    "preference_tuning": "text-generation",
     "question_answering": "question-answering",
-    "summarization": "summarization",
     "text_classification": "text-classification",
     "token_classification": "token-classification",
-    "translation": "translation",
 }
-"""What the Hub calls a task; one that it has no name for is left out."""
+"""What the Hub calls a task. For sequence to sequence it has several names, and only the user knows which."""
 
 _VERSIONS = ("transformers", "torch", "accelerate", "datasets", "tokenizers")
 _COMMAND = f"```bash\nhf-mbp train {RECIPE} --output_dir again\n```"
@@ -46,16 +47,11 @@ _NO_RESULT = ("runtime", "per_second", "preparation_time")
 def write_card(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics) -> None:
     """Write the card into the output folder, unless the user has a README.md there."""
     folder = Path(str(recipe.train.output_dir))
-    if (folder / CARD).exists() and not (has_own_card(folder) or _is_of_peft(folder / CARD)):
+    if (folder / CARD).exists() and not has_own_card(folder):
         say(f"{folder / CARD} is not of a run, so no model card is written over it")
         return
     head = card_data(recipe, metrics, is_adapter=hasattr(trainer.model, "peft_config")).to_yaml()
     (folder / CARD).write_text(f"---\n{head}\n---\n\n{_body(trainer, recipe, metrics, folder)}", encoding="utf-8")
-
-
-def _is_of_peft(file: Path) -> bool:
-    """Which writes a form to be filled in, whenever it saves."""
-    return bool(ModelCard.load(file, ignore_metadata_errors=True).data.get("library_name") == "peft")
 
 
 def card_data(recipe: Recipe, metrics: Metrics, *, is_adapter: bool) -> ModelCardData:
@@ -101,14 +97,16 @@ def _body(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics, folder: Pa
     parts = [
         CARD_MARK,
         f"# {_plain(folder.resolve().name)}",
-        f"{_short_name(recipe.model.model_name_or_path)}, trained for {_in_words(recipe.run.task)} on "
+        f"{_base(recipe.model)}, trained for {_in_words(recipe.run.task)} on "
         f"{_data(recipe)} with hf_mbp: each mini-batch runs in micro-batches that fit the device, with the gradient of "
         "the whole.",
         *_result_section(metrics),
         "## Training",
         _table(("", ""), _training(trainer, recipe, metrics).items()),
         *(f"![{name.removesuffix('.png')}]({name})" for name in PLOTS if (folder / name).is_file()),
-        *_repeat_section(folder),
+        "## Again",
+        f"[{RECIPE}]({RECIPE}) has every option:",
+        _COMMAND,
         "## Versions",
         ", ".join([f"Python {platform.python_version()}", f"hf_mbp {__version__}", *_versions()]),
     ]
@@ -123,25 +121,19 @@ def _result_section(metrics: Metrics) -> list[str]:
     return ["## Results", _table(("on the evaluation data", "before", "after"), rows)]
 
 
-def _repeat_section(folder: Path) -> list[str]:
-    """Written during training, too, into the folder of a checkpoint, which has no recipe."""
-    if not (folder / RECIPE).is_file():
-        return []
-    return ["## Again", f"[{RECIPE}]({RECIPE}) has every option:", _COMMAND]
-
-
 def _training(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics) -> dict[str, str]:
     """The names and values of what matters, those that are known."""
     args, totals = trainer.args, PaddingTotals.from_metrics(metrics)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     devices = f"{args.world_size} x {args.device.type}"
     known: dict[str, str | None] = {
-        "base model": _short_name(recipe.model.model_name_or_path),
+        "base model": _base(recipe.model),
         "model": described(trainer.model),
         "data": f"{_data(recipe)}, {len(trainer.train_dataset):,} rows",
         "evaluated on": _evaluation_rows(trainer, recipe),
         "mini-batch": f"{rows:,} rows, on {devices}",
         "optimizer steps": f"{trainer.state.global_step:,} ({_epochs(trainer.state.epoch or 0)})",
+        "weights": _weights(trainer),
         "optimizer": f"{getattr(args.optim, 'value', args.optim)}, learning rate {args.learning_rate:g}, "
         f"{getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)} schedule",
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else None,
@@ -150,9 +142,23 @@ def _training(trainer: FinetuneTrainer, recipe: Recipe, metrics: Metrics) -> dic
         "budget": _budget(trainer),
         "padding": str(totals).removeprefix("padding ") if totals else None,
         "exactness": trainer.mbp_feed.check.outcome,
-        "training time": f"{metrics['train_runtime']:,.0f} s" if "train_runtime" in metrics else None,
+        "training time": _time(metrics),
     }
     return {name: value for name, value in known.items() if value}
+
+
+def _weights(trainer: FinetuneTrainer) -> str | None:
+    """Of which step the weights are, if they need not be those of the last."""
+    state, measure = trainer.state, trainer.args.metric_for_best_model
+    if not trainer.args.load_best_model_at_end or state.best_metric is None:
+        return None
+    return f"of step {state.best_global_step:,}, the best of those evaluated by {measure} ({state.best_metric:.4g})"
+
+
+def _time(metrics: Metrics) -> str | None:
+    if "train_runtime" not in metrics:
+        return None
+    return f"{metrics['train_runtime']:,.0f} s{part_of_run(metrics.get(RESUMED_AT, 0))}"
 
 
 def _epochs(number: float) -> str:
@@ -182,9 +188,15 @@ def _data(recipe: Recipe) -> str:
     return _plain(f"{named} ({data.dataset_config_name})" if data.dataset_config_name else named)
 
 
-def _short_name(model: str | None) -> str:
+def _base(model: ModelArguments) -> str:
+    """What training began with."""
+    if model.model_name_or_path is not None:
+        return _short_name(model.model_name_or_path)
+    return f"{_short_name(str(model.config_name))} with random weights"
+
+
+def _short_name(name: str) -> str:
     """A name on the Hub as it is, of a folder its last part."""
-    name = str(model)
     return _plain(name if "://" in name or _is_on_hub(name) else Path(name).resolve().name)
 
 

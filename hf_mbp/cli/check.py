@@ -51,6 +51,7 @@ def check(recipe: Recipe, num_rows: int) -> EquivalenceReport:
     Raises:
         UserError: it cannot be loaded, or there is nothing to compare.
     """
+    recipe.train.push_to_hub = False  # or the trainer would make a repository on the Hub as soon as it is made
     trainer = build_trainer(recipe)
     with user_errors("the check refuses", ValueError):
         return check_equivalence(trainer, num_rows)

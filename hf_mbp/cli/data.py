@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def load_file(path: Path) -> Dataset:
         raise UserError(f"{path} is empty")
     builder, options = _BUILDERS[suffixes[-1]]
     try:
-        rows = load_dataset(builder, data_files=str(path), split="train", **options)
+        rows = load_dataset(builder, data_files=_literally(path), split="train", **options)
         rows.data.validate(full=True)  # JSON and Parquet may hold texts in another encoding than UTF-8
     except (DatasetGenerationError, ValueError, OSError) as error:
         if "corresponds to no data" in str(error):
@@ -92,7 +93,12 @@ def load_image_folder(folder: Path) -> Dataset:
         (DatasetGenerationError, ValueError, OSError),
     ):
         # a pattern, because of a folder's name alone datasets would take folders called train and test for splits
-        return load_dataset("imagefolder", data_files={"train": [str(folder / "**")]}, split="train")
+        return load_dataset("imagefolder", data_files={"train": [f"{_literally(folder)}/**"]}, split="train")
+
+
+def _literally(path: Path) -> str:
+    """A path as datasets takes it, for which a name with brackets or stars in it is a pattern."""
+    return glob.escape(str(path))
 
 
 def _from_files(train_file: str, arguments: DataArguments, recipe_folder: Path) -> Splits:

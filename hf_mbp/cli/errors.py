@@ -16,6 +16,9 @@ EXIT_CODE = 2
 FAILED = 1
 """After a run that failed."""
 
+INTERRUPTED = 130
+"""After Ctrl-C, as shells count it."""
+
 _MOST_CHARACTERS = 800
 """Of a message in one line; some of torch's are pages."""
 
@@ -27,6 +30,10 @@ Kinds = type[Exception] | tuple[type[Exception], ...]
 
 class UserError(ValueError):
     """A mistake in the recipe, the command line or the data, with the remedy in its message."""
+
+
+class RunFailedError(Exception):
+    """A run in a process of its own that failed, which has said why and kept its traceback."""
 
 
 @contextmanager
@@ -50,6 +57,11 @@ def is_first_process() -> bool:
     Read from the launcher's variable, because messages are due before any process group exists.
     """
     return os.environ.get("RANK", "0") == "0"
+
+
+def _speaks_for_its_machine() -> bool:
+    """Whether this process tells mistakes: they are those of all processes, or of this machine, which lacks a file."""
+    return is_first_process() or os.environ.get("LOCAL_RANK") == "0"
 
 
 def keep_other_processes_quiet() -> None:
@@ -85,15 +97,24 @@ def run_reporting_errors(command: Callable[[], int | None], argv: Sequence[str])
     Where it came from is shown if ``argv`` asks for it. What is not the user's mistake may be ours, and may have come
     after hours: its traceback is kept in a file.
     """
-    show_traceback = any(word.startswith(("--debug_traceback", "--debug-traceback")) for word in argv)
+    show_traceback = shows_traceback(argv)
     try:
         return command() or 0
     except UserError as error:
         if show_traceback:
             traceback.print_exc()
-        if is_first_process():
-            tell_error(str(error))
+        if _speaks_for_its_machine():
+            tell_error(f"{error}{_which_process()}")
         return EXIT_CODE
+    except RunFailedError as error:
+        tell_error(str(error))
+        return FAILED
+    except KeyboardInterrupt:
+        if show_traceback:
+            traceback.print_exc()
+        if _speaks_for_its_machine():
+            tell_error(f"interrupted{_which_process()}")
+        return INTERRUPTED
     except Exception as error:
         if show_traceback:
             traceback.print_exc()
@@ -101,14 +122,22 @@ def run_reporting_errors(command: Callable[[], int | None], argv: Sequence[str])
         return FAILED
 
 
+def shows_traceback(argv: Sequence[str]) -> bool:
+    """Whether a command was asked to show where an error came from."""
+    return any(word.startswith(("--debug_traceback", "--debug-traceback")) for word in argv)
+
+
 def _failure(error: Exception, *, is_shown: bool) -> str:
     """Any process may be the one that fails, so that each speaks for itself."""
-    where = "" if is_first_process() else f" in process {os.environ['RANK']}"
     text = _shortened(f"{type(error).__name__}: {error}", _MOST_CHARACTERS // 2)
     # Which process failed first, where this one only lost the connection to it.
     text = " ".join((text, *getattr(error, "__notes__", ())))
     remedy = "" if is_shown else f"; the traceback is in {_keep_traceback()}, --debug_traceback shows it here"
-    return f"the run failed{where}: {text}{remedy}"
+    return f"the run failed{_which_process()}: {text}{remedy}"
+
+
+def _which_process() -> str:
+    return "" if is_first_process() else f" in process {os.environ['RANK']}"
 
 
 def _keep_traceback() -> str:

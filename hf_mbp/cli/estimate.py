@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import transformers
@@ -15,13 +15,15 @@ from hf_mbp.cli.arguments import ModelShape
 from hf_mbp.cli.command import run_command
 from hf_mbp.cli.errors import UserError, say, user_errors
 from hf_mbp.cli.heads import HEADS, USUAL_WIDTH
+from hf_mbp.cli.images import PIXELS
 from hf_mbp.cli.models import described, load_config, load_model
-from hf_mbp.cli.recipe import Values, parse_options, read_recipe, recipe_parser
+from hf_mbp.cli.plan_memory import reference_bytes
+from hf_mbp.cli.recipe import SUFFIXES, Values, parse_options, read_recipe, recipe_parser
 from hf_mbp.cli.shapes import row_sizes, set_up
 from hf_mbp.cli.training_arguments import TrainArguments
+from hf_mbp.collate import has_targets
 from hf_mbp.estimate import MemoryEstimate, estimate_max_tokens, estimate_memory
-
-_SUFFIXES = (".yaml", ".yml")
+from hf_mbp.memory import DEFAULT_FRACTION
 
 _OF_TRAINING = ("bf16", "fp16", "gradient_checkpointing", "optim")
 
@@ -41,11 +43,22 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model without weights, and how it is trained: `options` are those of `estimate_memory`."""
+    """A model without weights, and how it is trained: `options` are those of `estimate_memory`.
+
+    `width` is that of its rows, of their source if they have a target, too. `counted` is what the memory is
+    predicted by, the model itself or one around it, and `reference_bytes` of a second model that is kept beside it.
+    """
 
     model: PreTrainedModel
+    counted: Any
     width: int
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
+    reference_bytes: int = 0
+
+    def estimate(self, rows: int) -> MemoryEstimate:
+        """Predict the memory of a micro-batch of so many rows."""
+        estimate = estimate_memory(self.counted, rows, self.width, **self.options)
+        return replace(estimate, parameter_bytes=estimate.parameter_bytes + self.reference_bytes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,14 +71,12 @@ def _estimate(argv: Sequence[str]) -> None:
     source, given = parse_options(recipe_parser(), rest)
     if source is None:
         raise UserError("command line: name a model or a recipe: hf-mbp estimate MODEL|RECIPE.yaml")
-    subject = _of_recipe(rest, options) if source.endswith(_SUFFIXES) else _of_model(source, given, options)
-    width = options.width or subject.width
-    subject.options.update(device=options.device, fsdp_ranks=options.fsdp_ranks, target_width=options.target_width)
+    subject = _of_recipe(rest, options) if source.endswith(SUFFIXES) else _of_model(source, given, options)
     with user_errors("the memory cannot be predicted", (ValueError, ImportError)):
-        estimate = estimate_memory(subject.model, options.rows, width, **subject.options)
-    say(as_text(subject, options.rows, width, estimate))
+        estimate = subject.estimate(options.rows)
+    say(as_text(subject, options.rows, estimate))
     for device_memory in options.device_memory:
-        say(_fitting(subject, width, device_memory))
+        say(_fitting(subject, device_memory))
 
 
 def _take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
@@ -108,10 +119,20 @@ def _of_recipe(argv: Sequence[str], options: Options) -> Subject:
         raise UserError("command line: --head goes with a model; a recipe's task says which head it is")
     recipe = read_recipe(argv)
     setup = set_up(recipe)
-    widths = row_sizes(recipe, setup).sum(axis=1)
+    if options.width is not None and PIXELS in setup.train.column_names:
+        raise UserError("command line: --width is of texts; the images of a recipe are as large as they are")
+    width, *target_width = (int(longest) for longest in row_sizes(recipe, setup).max(axis=0))
     given = {name: getattr(recipe.train, name) for name in _OF_TRAINING}
     return Subject(
-        model=setup.model, width=int(widths.max()), options=_training(given, recipe.model.attn_implementation)
+        model=setup.model,
+        counted=setup.model_with_loss or setup.model,
+        width=options.width or width,
+        options={
+            **_training(given, recipe.model.attn_implementation, options),
+            "target_width": options.target_width or next(iter(target_width), None),
+            "inputs": setup.inputs_of,
+        },
+        reference_bytes=reference_bytes(recipe, setup),
     )
 
 
@@ -129,8 +150,9 @@ def _of_model(name: str, given: Values, options: Options) -> Subject:
     defaults = {option: getattr(TrainArguments, option) for option in _OF_TRAINING}
     return Subject(
         model=model,
-        width=min(USUAL_WIDTH, getattr(config, "max_position_embeddings", None) or USUAL_WIDTH),
-        options=_training({**defaults, **given}, arguments.attn_implementation),
+        counted=model,
+        width=options.width or min(USUAL_WIDTH, getattr(config, "max_position_embeddings", None) or USUAL_WIDTH),
+        options=_training({**defaults, **given}, arguments.attn_implementation, options),
     )
 
 
@@ -146,8 +168,8 @@ def _head_of(config: PreTrainedConfig, name: str) -> str:
     )
 
 
-def _training(given: Mapping[str, Any], attn_implementation: str | None) -> dict[str, Any]:
-    """How it is trained, as `estimate_memory` takes it."""
+def _training(given: Mapping[str, Any], attn_implementation: str | None, options: Options) -> dict[str, Any]:
+    """How it is trained, and on what, as `estimate_memory` takes it."""
     optim = given["optim"]
     return {
         "optimizer": str(getattr(optim, "value", optim)),
@@ -155,26 +177,42 @@ def _training(given: Mapping[str, Any], attn_implementation: str | None) -> dict
         "fp16": bool(given["fp16"]),
         "gradient_checkpointing": bool(given["gradient_checkpointing"]),
         "attn_implementation": attn_implementation,
+        "target_width": options.target_width,
+        "device": options.device,
+        "fsdp_ranks": options.fsdp_ranks,
     }
 
 
-def as_text(subject: Subject, rows: int, width: int, estimate: MemoryEstimate) -> str:
+def as_text(subject: Subject, rows: int, estimate: MemoryEstimate) -> str:
     """Return what was estimated, and the table of its parts."""
     options = subject.options
     precision = "bf16 autocast" if options["bf16"] else "fp16 autocast" if options["fp16"] else "no autocast"
     how = [precision, options["optimizer"], options["device"]]
     how += ["activation checkpointing"] if options["gradient_checkpointing"] else []
-    return f"{described(subject.model)}\n{rows:,} rows x {width:,} tokens, {', '.join(how)}\n\n{estimate}\n"
+    how += ["with the reference model"] if subject.reference_bytes else []
+    return f"{described(subject.model)}\n{rows:,} rows x {_widths(subject)}, {', '.join(how)}\n\n{estimate}\n"
 
 
-def _fitting(subject: Subject, width: int, device_memory: str) -> str:
+def _widths(subject: Subject) -> str:
+    if not has_targets(subject.model):
+        return f"{subject.width:,} tokens"
+    return f"{subject.width:,} tokens of the source and {_target_width(subject):,} of the target"
+
+
+def _target_width(subject: Subject) -> int:
+    return int(subject.options["target_width"] or subject.width) if has_targets(subject.model) else 0
+
+
+def _fitting(subject: Subject, device_memory: str) -> str:
     """The largest budget of a device, or that there is none."""
+    limit = int(parse_memory_limit(device_memory) or 0) - int(subject.reference_bytes / DEFAULT_FRACTION)
     try:
-        tokens = estimate_max_tokens(subject.model, width, device_memory, **subject.options)
+        tokens = estimate_max_tokens(subject.counted, subject.width, f"{max(1, limit)} B", **subject.options)
     except ValueError as error:
-        reason = str(error).splitlines()[0].removeprefix(f"memory_limit={device_memory!r}: ")
+        reason = str(error).splitlines()[0].partition(": ")[2] or str(error)
         return f"{device_memory}: too small; {reason}"
+    rows = tokens // (subject.width + _target_width(subject))
     return (
-        f"{device_memory}: at most {tokens:,} tokens a micro-batch, {tokens // width:,} rows of {width:,} "
+        f"{device_memory}: at most {tokens:,} tokens a micro-batch, {rows:,} rows of {_widths(subject)} "
         f"(max_tokens_per_micro_batch: {tokens})"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
 
 from hf_mbp.cli.card import write_card
 from hf_mbp.cli.command import run_command
@@ -26,14 +26,16 @@ from hf_mbp.cli.output import (
     delete_run,
     delete_start,
     find_checkpoint,
+    is_of_run,
     refuse_other_run,
 )
-from hf_mbp.cli.padding import PaddingTotals
+from hf_mbp.cli.padding import RESUMED_AT, PaddingTotals
 from hf_mbp.cli.plots import plot_loss, plot_padding
 from hf_mbp.cli.recipe import Recipe, Values, dump_recipe, find_task_name, read_recipe, recipe_parser
 from hf_mbp.cli.resuming import checkpoint_error
 from hf_mbp.cli.tasks import find_task, load_processor
 from hf_mbp.cli.tasks.base import TaskSetup
+from hf_mbp.cli.turns import first_process_first
 from hf_mbp.trainer import MBPMixin
 
 Metrics = dict[str, Any]
@@ -61,14 +63,15 @@ def finetune(recipe: Recipe) -> None:
     """
     folder = Path(str(recipe.train.output_dir))
     checkpoint = find_checkpoint(recipe.train.resume_from_checkpoint, folder)
-    refuse_other_run(folder, overwrite=recipe.run.overwrite_output_dir, resuming=checkpoint is not None)
+    goes_on = is_of_run(checkpoint, folder)
+    refuse_other_run(folder, overwrite=recipe.run.overwrite_output_dir, resuming=goes_on)
     if recipe.run.dry_run:
         rehearse(recipe, prepare, make_trainer)
         return
     trainer = build_trainer(recipe)
-    with _claimed_folder(recipe, folder, resuming=checkpoint is not None):
-        before = _evaluate_before(trainer, recipe, folder, resuming=checkpoint is not None)
-        trained = _train(trainer, checkpoint, folder)
+    with _claimed_folder(recipe, folder, resuming=goes_on):
+        before = _evaluate_before(trainer, recipe, folder, checkpoint)
+        trained = _train(trainer, checkpoint)
     trainer.write_card = partial(write_card, trainer, recipe, metrics := {**before, **trained})
     trainer.save_model()
     trainer.save_state()
@@ -91,11 +94,11 @@ def prepare(recipe: Recipe) -> tuple[Any, TaskSetup]:
     if recipe.train.device.type == "cpu" and "dataloader_pin_memory" not in recipe.given:
         recipe.train.dataloader_pin_memory = False  # nothing to pin for; torch would warn
     set_seed(recipe.train.seed)  # before the model is loaded: a new classification head is random
-    with recipe.train.main_process_first(desc="preparing data"):
+    with first_process_first():
         config = load_config(recipe.model)
         processor = load_processor(recipe.run.task, recipe.model, config)
         splits = load_splits(recipe.data, recipe.folder, recipe.train.seed)
-        return processor, prepare_task(splits, processor, config, recipe.model, recipe.data)
+    return processor, prepare_task(splits, processor, config, recipe.model, recipe.data)
 
 
 def make_trainer(recipe: Recipe, processor: Any, setup: TaskSetup) -> MBPMixin:
@@ -148,12 +151,16 @@ def _claimed_folder(recipe: Recipe, folder: Path, *, resuming: bool) -> Iterator
         raise
 
 
-def _evaluate_before(trainer: MBPMixin, recipe: Recipe, folder: Path, *, resuming: bool) -> Metrics:
+def _evaluate_before(trainer: MBPMixin, recipe: Recipe, folder: Path, checkpoint: Path | None) -> Metrics:
     if not recipe.run.eval_before_training:
         return {}
-    if resuming:  # the untrained model was evaluated when the run began
-        return _saved(folder / BEFORE_RESULTS)
-    return _evaluate(trainer, "eval_before")
+    if checkpoint is None:
+        return _evaluate(trainer, "eval_before")
+    # The untrained model was evaluated when the run began, maybe in another folder.
+    before = _saved(checkpoint.parent / BEFORE_RESULTS)
+    if before and not is_of_run(checkpoint, folder):
+        trainer.save_metrics("eval_before", before)
+    return before
 
 
 def _saved(file: Path) -> Metrics:
@@ -173,17 +180,19 @@ class _Progress(TrainerCallback):
     """Notes how far training has come: whether a checkpoint was read, and whether the first step has begun."""
 
     is_loaded = has_begun = False
+    resumed_at = 0
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, _args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         """All of a checkpoint was read, but for the states of random numbers."""
         self.is_loaded = True
+        self.resumed_at = state.global_step
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """The first step is planned."""
         self.has_begun = True
 
 
-def _train(trainer: MBPMixin, checkpoint: Path | None, folder: Path) -> Metrics:
+def _train(trainer: MBPMixin, checkpoint: Path | None) -> Metrics:
     progress = _Progress()
     trainer.add_callback(progress)
     try:
@@ -198,11 +207,11 @@ def _train(trainer: MBPMixin, checkpoint: Path | None, folder: Path) -> Metrics:
             raise UserError(f"training cannot start: {error}") from error
         raise
     if progress.has_begun or checkpoint is None:
-        return metrics
+        return {**metrics, RESUMED_AT: progress.resumed_at} if progress.resumed_at else metrics
     # It was trained to its end, and perhaps interrupted after that: what is still due is done, and its figures stay.
     done, wanted = trainer.state.global_step, trainer.state.max_steps
     say(f"{checkpoint} is at step {done:,} of {wanted:,}: nothing was left to train")
-    return _saved(folder / TRAIN_RESULTS)
+    return _saved(checkpoint.parent / TRAIN_RESULTS)
 
 
 def _draw(trainer: MBPMixin, folder: Path, before: Metrics, trained: Metrics) -> None:

@@ -79,9 +79,9 @@ configuration is read (a folder with a config.json does without network); of a r
   hf-mbp estimate recipes/text_classification/spam.yaml --device_memory 8GiB,24GiB,80GiB
 
 estimate
-  --rows                    rows of a micro-batch [8]
+  --rows                    rows of a micro-batch, or pairs for preference_tuning [8]
   --width                   tokens that they are padded to [longest row of the recipe; {USUAL_WIDTH} for a model]
-  --target_width            sequence to sequence: tokens of the labels [width]
+  --target_width            sequence to sequence: tokens of the labels [longest of the recipe; width for a model]
   --device                  whose kernels are counted, cuda or cpu; it need not be there [cuda]
   --device_memory           memory of the device, or several, with commas between them [24GiB]
   --fsdp_ranks              devices that FSDP shards over [1]

@@ -47,7 +47,8 @@ A first run, from a checkout of the repository, where the recipes are:
   accelerate launch -m hf_mbp.cli train recipes/text_classification/spam.yaml     on several devices
 
 Exit codes: 0 all went well; 1 the run failed, or the check found that it is not exact; 2 a mistake in the recipe, the
-options or the data, told in one line with its remedy. --debug_traceback shows where an error came from."""
+options or the data, told in one line with its remedy; 130 interrupted. --debug_traceback shows where an error came
+from."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

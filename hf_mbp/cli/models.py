@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoTokenizer,
     GgufConfig,
     PreTrainedConfig,
@@ -19,6 +21,7 @@ from transformers import (
 from hf_mbp.cli.arguments import ModelArguments, ModelShape
 from hf_mbp.cli.errors import UserError, say, user_errors
 from hf_mbp.cli.sources import resolve_model
+from hf_mbp.estimate import tables_of_positions
 
 # Tokenizers that know no limit state a number like 1e30.
 _NO_LIMIT = 10**9
@@ -48,8 +51,20 @@ def load_tokenizer(arguments: ModelArguments, config: PreTrainedConfig) -> PreTr
         tokenizer.pad_token = tokenizer.eos_token
         say(f"the tokenizer has no padding token; {tokenizer.eos_token!r} pads")
     positions = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
+    if positions < _NO_LIMIT and positions <= tokenizer.model_max_length:  # else the tokenizer knows of fewer
+        positions = _places(config, positions, arguments)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
+
+
+def _places(config: PreTrainedConfig, stated: int, arguments: ModelArguments) -> int:
+    """How many tokens the positions are for, of which the configuration has stated the number; some are for padding."""
+    with torch.device("meta"):
+        try:
+            model = AutoModel.from_config(copy.deepcopy(config), trust_remote_code=arguments.trust_remote_code)
+        except ValueError:  # AutoModel knows no class for it, and so nobody knows better than the configuration
+            return stated
+    return min((places for _, size, places in tables_of_positions(model) if size == stated), default=stated)
 
 
 def load_image_processor(arguments: ModelArguments, config: PreTrainedConfig) -> Any:  # noqa: ARG001 - as the above

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hf_mbp.checkpoints import STATE, fault_of_state, last_checkpoint
@@ -66,6 +68,19 @@ def has_own_card(folder: Path) -> bool:
     return file.is_file() and CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
 
 
+@contextmanager
+def kept(file: Path) -> Iterator[None]:
+    """Undo what is done to a file meanwhile: it has its content back, or is not there, as before."""
+    content = file.read_bytes() if file.is_file() else None
+    try:
+        yield
+    finally:
+        if content is not None:
+            file.write_bytes(content)
+        elif file.is_file():
+            file.unlink()
+
+
 def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
     """Return the checkpoint to go on from: ``true`` or ``last`` is the last whole one in the folder, else its path.
 
@@ -88,6 +103,11 @@ def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
     if fault := fault_of_state(Path(wanted)):
         raise UserError(f"resume_from_checkpoint: {wanted} is not a whole checkpoint of the Trainer ({fault})")
     return Path(wanted)
+
+
+def is_of_run(checkpoint: Path | None, folder: Path) -> bool:
+    """Whether going on from the checkpoint goes on with the run in the folder, and not with one that was elsewhere."""
+    return checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
 
 
 def _traces(folder: Path) -> list[Path]:

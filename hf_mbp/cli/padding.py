@@ -6,14 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+RESUMED_AT = "train_resumed_at_step"
+"""Among the metrics of a run that was interrupted: what is counted and timed is of the steps after that one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PaddingTotals:
-    """Tokens and cells of a whole run; ``unsplit_fraction`` is the padding of batches padded to their longest row."""
+    """Tokens and cells of a run, or of the steps after ``resumed_at``.
+
+    ``unsplit_fraction`` is the padding of batches padded to their longest row.
+    """
 
     tokens: float
     cells: float
     unsplit_fraction: float
+    resumed_at: int = 0
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> PaddingTotals | None:
@@ -21,7 +28,12 @@ class PaddingTotals:
         cells = metrics.get("mbp_cells", 0)
         if not cells:
             return None
-        return cls(tokens=metrics["mbp_tokens"], cells=cells, unsplit_fraction=metrics["mbp_padding_fraction_unsplit"])
+        return cls(
+            tokens=metrics["mbp_tokens"],
+            cells=cells,
+            unsplit_fraction=metrics["mbp_padding_fraction_unsplit"],
+            resumed_at=metrics.get(RESUMED_AT, 0),
+        )
 
     @property
     def fraction(self) -> float:
@@ -34,6 +46,11 @@ class PaddingTotals:
         return self.tokens / (1 - self.unsplit_fraction)
 
     def __str__(self) -> str:
-        run = f"padding {self.fraction:.1%} of {self.cells:,.0f} cells"
+        run = f"padding {self.fraction:.1%} of {self.cells:,.0f} cells{part_of_run(self.resumed_at)}"
         unsplit = f"{self.unsplit_fraction:.1%} of {self.unsplit_cells:,.0f} cells"
         return f"{run}; padding every batch to its longest row would have cost {unsplit}".replace("%", " %")
+
+
+def part_of_run(resumed_at: int) -> str:
+    """What to add to a number that is of the steps after this one, and not of the whole run."""
+    return f" after step {resumed_at:,}" if resumed_at else ""

@@ -45,12 +45,12 @@ class Estimator:
 
     def estimate(self, rows: int, widths: Sequence[int]) -> MemoryEstimate:
         """Of so many rows of the data set; a pair is as wide as both its sides together."""
-        train, each = self.recipe.train, self.setup.rows_each
+        train = self.recipe.train
         with user_errors("the memory cannot be predicted", (ValueError, ImportError)):
             estimate = estimate_memory(
                 self.setup.model_with_loss or self.setup.model,
-                rows * each,
-                math.ceil(widths[0] / each),
+                rows,
+                widths[0],
                 optimizer=str(getattr(train.optim, "value", train.optim)),
                 bf16=bool(train.bf16),
                 fp16=bool(train.fp16),
@@ -72,11 +72,7 @@ class Estimator:
 
     @cached_property
     def _reference_bytes(self) -> int:
-        """Of a second model that is kept during training."""
-        if self.setup.reference is None or getattr(self.recipe.train, "precompute_ref_log_probs", False):
-            return 0
-        model = self.setup.reference()
-        return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        return reference_bytes(self.recipe, self.setup)
 
     def memory_model(self, longest: Ints, limit: int | None) -> MemoryModel:
         """Fitted as a run fits it: to a few small micro-batches, of the longest row, its parts cut in proportion."""
@@ -101,6 +97,14 @@ class Estimator:
             fit=replace(fit, max_bytes=room),
             limit_bytes=limit,
         )
+
+
+def reference_bytes(recipe: Recipe, setup: TaskSetup) -> int:
+    """Of a second model that is kept during training."""
+    if setup.reference is None or getattr(recipe.train, "precompute_ref_log_probs", False):
+        return 0
+    model = setup.reference()
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def limit_bytes(recipe: Recipe, device: torch.device) -> int | None:

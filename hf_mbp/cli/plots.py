@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_mbp.cli.padding import PaddingTotals
+from hf_mbp.cli.padding import PaddingTotals, part_of_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ def plot_loss(logs: Iterable[Log], before: Log, path: Path) -> bool:
     """
     logs = list(logs)
     train = [(log["step"], log["loss"]) for log in logs if "loss" in log]
-    evaluation = [(0, value) for key, value in before.items() if key.endswith("_loss")]
+    evaluation = [(0, before["eval_before_loss"])] if "eval_before_loss" in before else []
     evaluation += [(log["step"], log["eval_loss"]) for log in logs if "eval_loss" in log]
     if not train and not evaluation:
         return False
@@ -55,15 +56,16 @@ def plot_padding(logs: Iterable[Log], totals: PaddingTotals | None, path: Path) 
     if not steps or totals is None:
         return False
     figure, axes = _new_figure(2)
-    _draw_steps(axes[0], steps)
+    _draw_steps(axes[0], steps, totals.resumed_at)
     _draw_totals(axes[1], totals)
     _save(figure, path)
     return True
 
 
-def _draw_steps(axes: Axes, steps: list[tuple[int, float, float]]) -> None:
+def _draw_steps(axes: Axes, steps: list[tuple[int, float, float]], resumed_at: int) -> None:
     ends = [end for end, _, _ in steps]
-    starts = [0, *ends[:-1]]
+    # what was counted between the last log line and an interruption is lost
+    starts = [resumed_at if start < resumed_at < end else start for start, end in pairwise([0, *ends])]
     widths = [end - start for start, end in zip(starts, ends, strict=True)]
     # a bar covers the steps that its log line sums up, and shows their mean
     per_step = [(tokens / width, cells / width) for (_, tokens, cells), width in zip(steps, widths, strict=True)]
@@ -102,7 +104,7 @@ def _draw_totals(axes: Axes, totals: PaddingTotals) -> None:
             fontsize=9,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # or a grid line goes through it
         )
-    axes.set(title="Cells of the whole run", ylabel="cells")
+    axes.set(title=f"Cells{part_of_run(totals.resumed_at) or ' of the whole run'}", ylabel="cells")
     axes.margins(y=0.12)
     _thousands(axes)
 

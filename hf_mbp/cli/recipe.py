@@ -23,6 +23,8 @@ from hf_mbp.config import MBPConfig
 
 OWN_CLASSES = (RunArguments, ModelArguments, DataArguments, MBPConfig)
 DEFAULT_TASK = RunArguments().task
+SUFFIXES = (".yaml", ".yml")
+"""Of a recipe's name."""
 # Never written to recipe.yaml: a run's folder is made to be shared.
 SECRETS = frozenset(("hub_token", "push_to_hub_token"))
 
@@ -57,6 +59,8 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
     parser = recipe_parser(task)
     word, from_command_line = parse_options(parser, argv)
     file = None if word is None else Path(word)
+    if word is not None and not word.endswith(SUFFIXES):  # by which its task was found
+        raise UserError(f"command line: {word} is no recipe; give it a name that ends in {' or '.join(SUFFIXES)}")
     from_file = {} if file is None else read_yaml(parser, file)
     if from_file.get("trust_remote_code") and "trust_remote_code" not in from_command_line:
         raise UserError(
@@ -69,6 +73,10 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
         given["config_name"] = resolve_config(given["config_name"], folder)
     if given.get("packing") and given.get("max_length") is None:
         raise UserError("packing needs max_length: rows are put together up to so many tokens; write one, such as 1024")
+    if given.get("eval_packing") and not given.get("packing"):
+        raise UserError(
+            "eval_packing goes with packing: TRL tells packed rows apart only where it packs those of training"
+        )
     if given.get("use_peft") and task not in TRL_TASKS:
         raise UserError(f"use_peft: adapters are trained by {' and '.join(TRL_TASKS)}, not by task {task}")
     with user_errors("bad option", (ValueError, TypeError, ImportError)):
@@ -132,7 +140,7 @@ def find_task_name(argv: Sequence[str]) -> str:
         known, rest = parser.parse_known_args(list(argv))
     if known.task is not None:
         return str(known.task)
-    files = [Path(word) for word in rest if word.endswith((".yaml", ".yml")) and is_there(Path(word))]
+    files = [Path(word) for word in rest if word.endswith(SUFFIXES) and is_there(Path(word))]
     return str(_load_mapping(files[0]).get("task", DEFAULT_TASK)) if files else DEFAULT_TASK
 
 

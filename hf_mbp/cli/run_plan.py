@@ -107,7 +107,7 @@ def _num_steps(recipe: Recipe, num_rows: int) -> int:
     train = recipe.train
     if train.max_steps > 0:
         return int(train.max_steps)
-    batches = num_rows / train.per_device_train_batch_size
+    batches = num_rows / (train.per_device_train_batch_size * train.world_size)
     batches = max(1, math.floor(batches) if train.dataloader_drop_last else math.ceil(batches))
     steps: float = train.num_train_epochs * math.ceil(batches / train.gradient_accumulation_steps)
     return math.ceil(steps)

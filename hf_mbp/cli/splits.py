@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datasets import Dataset
 
 from hf_mbp.cli.errors import UserError
+from hf_mbp.cli.turns import first_process_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +31,11 @@ class Splits:
 
     def encoded(self, encode: Callable[[Part], Dataset]) -> tuple[Dataset, Dataset | None]:
         """Return what ``encode`` makes of the training rows, and of the evaluation rows if there are any."""
-        train = encode(Part(rows=self.train, name="train", origin=self.train_origin))
-        if self.validation is None:
-            return train, None
-        return train, encode(Part(rows=self.validation, name="validation", origin=self.validation_origin))
+        with first_process_first():
+            train = encode(Part(rows=self.train, name="train", origin=self.train_origin))
+            if self.validation is None:
+                return train, None
+            return train, encode(Part(rows=self.validation, name="validation", origin=self.validation_origin))
 
 
 def require_columns(splits: Splits, columns: dict[str, str | None]) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_mbp.cli.output import CARD, kept
 from hf_mbp.trainer import MBPSeq2SeqTrainer, MBPTrainer
 
 if TYPE_CHECKING:
@@ -19,20 +22,26 @@ MEAN_LOSS = "mean_loss"
 
 
 class WritesCard(_Base):
-    """Writes the model card of this command; put it before a trainer's class.
+    """Writes the model card of this command and no other; put it before a trainer's class.
+
+    TRL writes one into the output folder with each checkpoint, PEFT with each model that it saves, over whatever
+    README.md is there.
 
     Attributes:
-        write_card: writes it, wherever Trainer would write its own: at the end, and before each upload.
+        write_card: writes it, at the end of training and before each upload; ``None`` until there is something to say.
     """
 
     write_card: Callable[[], None] | None = None
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card of this command, which says more than the stock one; until there is one, the stock one."""
-        if self.write_card is None:
-            super().create_model_card(*args, **kwargs)
-        elif self.is_world_process_zero():
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write the card of this command, which says more than the stock one."""
+        if self.write_card is not None and self.is_world_process_zero():
             self.write_card()
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model, and leave the README.md of the output folder as it is."""
+        with kept(Path(str(self.args.output_dir), CARD)) if self.args.should_save else nullcontext():
+            super().save_model(*args, **kwargs)
 
 
 class TaskTrainer(WritesCard):

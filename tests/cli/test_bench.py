@@ -110,6 +110,23 @@ def test_mistakes_of_a_process_are_told(
     assert "--steps is '0'; write a whole number from 1" in capsys.readouterr().err
 
 
+def test_a_process_that_fails_is_a_failure(
+    recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started(monkeypatch, 1, stderr="Traceback ...\nerror: the run failed: ValueError: a defect\n")
+    assert main([str(recipe())]) == 1
+    assert capsys.readouterr().err == "error: Trainer: the run failed: ValueError: a defect\n"
+    assert main([str(recipe()), "--debug_traceback"]) == 1
+    assert "Traceback ..." in capsys.readouterr().err
+
+
+def test_what_the_stock_trainer_has_no_loss_for(
+    recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(recipe(task="embedding"))]) == 2
+    assert "the stock Trainer, which has no loss for task embedding" in capsys.readouterr().err
+
+
 def test_the_process_writes_its_result(recipe: Callable[..., Path], tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     assert main([str(recipe()), "--steps", "1", "--one", f"Trainer:{file}"]) == 0

@@ -14,6 +14,7 @@ from hf_mbp.cli import card as card_module
 from hf_mbp.cli.card import card_data
 from hf_mbp.cli.finetune import main
 from hf_mbp.cli.recipe import Recipe, read_recipe
+from hf_mbp.cli.tasks import TASKS
 
 METRICS = {"eval_before_accuracy": 0.5, "eval_accuracy": 0.9, "eval_loss": 0.1, "eval_runtime": 2.0}
 
@@ -45,6 +46,18 @@ def test_what_it_says(written: Path, encoder: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in text, "cards are made to be shared"
 
 
+def test_it_says_of_which_step_the_weights_are(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    saving = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 10.0}
+    assert main([str(recipe(max_steps=3, **saving, **best))]) == 0
+    logs = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    losses = {log["step"]: log["eval_loss"] for log in reversed(logs) if "eval_loss" in log}  # the last is of the best
+    step = min(losses, key=lambda at: losses[at])
+    text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    line = f"| weights | of step {step}, the best of those evaluated by eval_loss ({losses[step]:.4g}) |"
+    assert line in text
+
+
 def test_its_head_is_what_the_hub_takes(written: Path) -> None:
     head = ModelCard.load(written).data.to_dict()
     assert head == {
@@ -53,6 +66,11 @@ def test_its_head_is_what_the_hub_takes(written: Path) -> None:
         "tags": ["hf_mbp", "generated_from_trainer", "text-classification"],
         "metrics": ["accuracy", "f1"],
     }
+
+
+def test_its_head_names_known_tasks_only() -> None:
+    assert set(TASKS) - set(card_module.PIPELINE_TAGS) == {"sequence_to_sequence"}
+    assert set(card_module.PIPELINE_TAGS) <= set(TASKS)
 
 
 def hub_recipe(recipe: Callable[..., Path], **changes: Any) -> Recipe:
@@ -91,11 +109,25 @@ def test_a_readme_of_the_user_is_left_alone(
     assert main([str(recipe(max_steps=1))]) == 0
     assert readme.read_text() == "# My project\n"
     assert "no model card is written over it" in capsys.readouterr().out
-    readme.write_text("---\nlibrary_name: peft\n---\n# Model Card for Model ID\n")
-    assert main([str(recipe(max_steps=1)), "--overwrite_output_dir"]) == 0
-    assert "## Results" in readme.read_text()
+
+
+def test_a_card_of_ours_is_replaced(written: Path, recipe: Callable[..., Path]) -> None:
+    assert "| optimizer steps | 3 (" in written.read_text()
     assert main([str(recipe(max_steps=2)), "--overwrite_output_dir"]) == 0
-    assert "| optimizer steps | 2 (" in readme.read_text()
+    assert "| optimizer steps | 2 (" in written.read_text()
+
+
+def test_a_new_model_has_a_base_without_weights(
+    recipe: Callable[..., Path], byte_model: Path, write_rows: Any, tmp_path: Path
+) -> None:
+    rows = str(write_rows("letters.jsonl", [{"source": "a" * (1 + i % 5), "target": "b"} for i in range(16)]))
+    files = {"train_file": rows, "validation_file": None}
+    changes = {"task": "sequence_to_sequence", "model_name_or_path": None, "config_name": str(byte_model)}
+    assert main([str(recipe(max_steps=1, **files, **changes))]) == 0
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert f"\n{byte_model.name} with random weights, trained for sequence to sequence on letters.jsonl" in text
+    assert f"| base model | {byte_model.name} with random weights |" in text
+    assert "None" not in text
 
 
 def test_an_upload_has_the_card_and_is_the_last_thing(

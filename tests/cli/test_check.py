@@ -28,6 +28,13 @@ def test_an_exact_recipe(recipe: Callable[..., Path], tmp_path: Path, capsys: py
     assert {path.name for path in tmp_path.iterdir()} - {path.name for path in before} <= {"recipe.yaml", "cache"}
 
 
+def test_nothing_is_made_on_the_hub(recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda *_, **__: made.append("a repository"))
+    assert main([str(recipe(push_to_hub=True))]) == 0
+    assert made == []
+
+
 def test_language_modeling_in_half_precision(
     recipe: Callable[..., Path], tmp_path: Path, chat_model: Path, write_rows: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,14 @@ def test_text_formats(tmp_path: Path, suffix: str) -> None:
     assert load_file(path).to_list() == ROWS
 
 
+@pytest.mark.parametrize("name", ["rows[1].jsonl", "rows*.jsonl", "row?.jsonl", "rows (1).jsonl"])
+def test_names_are_no_patterns(tmp_path: Path, name: str) -> None:
+    (tmp_path / "rows1.jsonl").write_text('{"text": "another file"}')
+    path = tmp_path / name
+    path.write_bytes(JSON_LINES)
+    assert load_file(path).to_list() == ROWS
+
+
 @pytest.mark.parametrize(
     ("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)]
 )

@@ -51,6 +51,12 @@ def test_embeddings_that_are_all_alike_find_nothing() -> None:
     assert retrieval_metrics(EvalPrediction(predictions=(alike, alike), label_ids=None))["recall_at_1"] == 0
 
 
+def test_a_model_that_has_diverged_finds_nothing() -> None:
+    nothing = np.full((5, 3), np.nan)
+    metrics = retrieval_metrics(EvalPrediction(predictions=(nothing, nothing), label_ids=None))
+    assert metrics == {"recall_at_1": 0, "mrr": pytest.approx(1 / 5)}
+
+
 def test_training_finds_passages(
     recipe: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,15 +1,20 @@
 """The command that estimates: the numbers of the functions, for a model and for a recipe, without weights."""
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig
 
 from hf_mbp import estimate_max_tokens, estimate_memory
 from hf_mbp.cli.estimate import main
+from hf_mbp.cli.recipe import read_recipe
+from hf_mbp.cli.shapes import row_sizes, set_up
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 CONFIG = LlamaConfig(vocab_size=500, max_position_embeddings=256, architectures=["LlamaForCausalLM"], **SIZES)
@@ -52,6 +57,75 @@ def test_a_recipe(recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.Ca
     assert "8 rows x 23 tokens, no autocast, sgd, cpu" in out
     assert "optimizer states                     0 B" in out
     assert not (tmp_path / "run").exists()
+
+
+def peak_of(out: str) -> str:
+    return re.findall(r"^peak +(.+)$", out, flags=re.MULTILINE)[0]
+
+
+def test_source_and_target_are_as_wide_as_they_are(
+    recipe: Callable[..., Path], byte_model: Path, write_rows: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bytes and an end token: at most 25 + 1 of a source, 3 + 1 of a target."""
+    rows = str(write_rows("rows.jsonl", [{"source": "a" * (i % 26), "target": "abc"} for i in range(27)]))
+    task = {"task": "sequence_to_sequence", "model_name_or_path": None, "config_name": str(byte_model)}
+    words = ["--device", "cpu", "--device_memory", "20MiB"]
+    assert main([str(recipe(train_file=rows, validation_file=None, **task)), *words]) == 0
+    out = capsys.readouterr().out
+    assert "8 rows x 26 tokens of the source and 4 of the target" in out
+    with torch.device("meta"):
+        model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(byte_model), dtype=torch.float32)
+    options = {"target_width": 4, "optimizer": "adamw_torch_fused", "device": "cpu"}
+    assert peak_of(out) == peak_of(str(estimate_memory(model, 8, 26, **options)))
+    rows, tokens = re.findall(r"([\d,]+) rows of 26 .* \(max_tokens_per_micro_batch: (\d+)\)", out)[0]
+    assert int(rows) * (26 + 4) == int(tokens), "as the budget counts in training"
+    peaks = [estimate_memory(model, int(rows) + more, 26, **options).peak_bytes for more in (0, 1)]
+    assert peaks[0] <= 0.9 * 20 * 2**20 < peaks[1]
+
+
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}], ids=["reference", "precomputed"])
+def test_preferences_are_pairs_with_a_reference(
+    recipe: Callable[..., Path],
+    chat_model: Path,
+    write_rows: Any,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+) -> None:
+    """As in a plan of the same recipe: 2 rows for each pair, and a second model."""
+    rows = str(write_rows("pairs.jsonl", [{"q": "a", "yes": "good " * (1 + i), "no": "bad"} for i in range(9)]))
+    task = {"task": "preference_tuning", "prompt_column": "q", "chosen_column": "yes", "rejected_column": "no"}
+    files = {"model_name_or_path": str(chat_model), "train_file": rows, "validation_file": None}
+    file = str(recipe(**task, **files, **options, bf16=False, gradient_checkpointing=False))
+    assert main([file, "--device", "cpu", "--rows", "3", "--device_memory", "20MiB"]) == 0
+    out = capsys.readouterr().out
+    read = read_recipe([file])
+    setup = set_up(read)
+    width = int(row_sizes(read, setup).max())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(chat_model), dtype=torch.float32)
+    alone = estimate_memory(model, 2 * 3, width // 2, optimizer="adamw_torch_fused", device="cpu")
+    second = 0 if options else sum(parameter.nbytes for parameter in model.parameters())
+    expected = replace(alone, parameter_bytes=alone.parameter_bytes + second)
+    assert f"3 rows x {width} tokens" in out
+    assert peak_of(out) == peak_of(str(expected))
+    assert ("with the reference model" in out) is not bool(options)
+
+
+def test_what_is_no_usual_model(
+    recipe: Callable[..., Path], image_model: Path, write_rows: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images are as large as they are, a row each; a model without a loss has one put around it."""
+    images = str(write_rows("images.jsonl", [{"image": [[9 * i] * 8] * 8, "label": i % 2} for i in range(6)]))
+    task = {"task": "image_classification", "model_name_or_path": None, "config_name": str(image_model)}
+    file = str(recipe(train_file=images, validation_file=None, **task))
+    assert main([file, "--device_memory", "1MiB"]) == 0
+    assert "ViTForImageClassification" in capsys.readouterr().out
+    assert main([file, "--width", "8"]) == 2
+    assert "--width is of texts" in capsys.readouterr().err
+    pairs = str(write_rows("texts.jsonl", [{"query": "a b", "passage": "b c d"} for _ in range(6)]))
+    assert main([str(recipe(task="embedding", train_file=pairs, validation_file=None)), "--device_memory", "1MiB"]) == 0
+    assert "BertModel, " in capsys.readouterr().out
 
 
 def test_a_device_that_is_too_small(config: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -85,6 +86,10 @@ def test_an_interrupted_run_goes_on_where_it_was(recipe: Callable[..., Path], tm
     expected, resumed = (read_json(tmp_path / name / "all_results.json") for name in ("whole", "run"))
     assert resumed["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
     assert resumed["eval_before_loss"] == expected["eval_before_loss"]
+    assert resumed["train_resumed_at_step"] == 3
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert f"of {resumed['mbp_cells']:,.0f} cells after step 3; " in card
+    assert re.search(r"^\| training time \| [\d,]+ s after step 3 \|$", card, flags=re.MULTILINE)
 
 
 def test_a_run_that_was_trained_to_its_end_keeps_its_figures(

@@ -120,8 +120,31 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert run_reporting_errors(lambda: None, []) == 0
     assert run_reporting_errors(lambda: 1, []) == 1
+
+    def interruption() -> None:
+        raise KeyboardInterrupt
+
     assert run_reporting_errors(mistake, []) == 2
     assert capsys.readouterr().err == "error: no file x.csv\n"
+    assert run_reporting_errors(interruption, []) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "expected"), [("0", "error: no file x.csv in process 8\n"), ("1", "")], ids=["speaks", "is quiet"]
+)
+def test_a_mistake_on_another_machine_is_told_once_there(
+    local_rank: str, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may lack the file that the first machine has."""
+
+    def mistake() -> None:
+        raise UserError("no file x.csv")
+
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert run_reporting_errors(mistake, []) == 2
+    assert capsys.readouterr().err == expected
 
 
 def test_a_failure_is_one_line_and_its_traceback_is_kept(

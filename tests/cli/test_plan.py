@@ -16,6 +16,7 @@ from hf_mbp.cli.plan_groups import Group
 from hf_mbp.cli.plan_text import as_text
 from hf_mbp.cli.recipe import read_recipe
 from hf_mbp.cli.run_plan import RunPlan, plan_run
+from hf_mbp.cli.training_arguments import TrainArguments
 
 CPU = torch.device("cpu")
 
@@ -43,6 +44,15 @@ def test_steps_are_those_of_the_trainer(plan: RunPlan) -> None:
         assert sorted(length for group in step.split for length in group.lengths) == sorted(
             length for group in step.plain for length in group.lengths
         )
+
+
+def test_processes_share_the_batches(recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 rows are 3 batches of 8 for each of two processes, in 2 steps of at most 2, twice."""
+    monkeypatch.setattr(TrainArguments, "world_size", 2)
+    changes = {"max_steps": None, "num_train_epochs": 2, "per_device_train_batch_size": 8}
+    words = ["--gradient_accumulation_steps", "2", "--max_tokens_per_micro_batch", "64"]
+    plan = plan_run(read_recipe([str(recipe(**changes)), *words]), CPU)
+    assert plan.num_steps == 4
 
 
 def test_the_budget_holds_and_padding_is_less(plan: RunPlan) -> None:

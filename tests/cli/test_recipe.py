@@ -128,6 +128,7 @@ def test_a_missing_file_is_named(parser: argparse.ArgumentParser) -> None:
         (["--seed", "x"], "command line: --seed: invalid int value: 'x'"),
         (["--seed"], "command line: --seed: expected one argument"),
         (["a.yaml", "b.yaml"], "command line: b.yaml is not an option"),
+        (["my_recipe.txt"], r"my_recipe.txt is no recipe; give it a name that ends in .yaml or .yml"),
         ([], "either dataset_name .* or train_file"),
         (["--train_file", "a", "--dataset_name", "b"], "either dataset_name .* or train_file"),
         (["--dataset_name", "b", "--validation_file", "c"], "for a data set on the Hub write validation_split"),

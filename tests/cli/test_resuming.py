@@ -1,5 +1,6 @@
 """Going on from a checkpoint that is broken: the file is named, and nothing else is taken for it."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,23 @@ def cut_off(file: Path) -> None:
 def test_a_right_one(checkpoint: Path, go_on: Callable[..., tuple[int, str]]) -> None:
     assert broken_file(checkpoint) is None
     assert go_on() == (0, "")
+
+
+def test_it_may_go_on_in_another_folder_but_not_over_another_run(
+    checkpoint: Path, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoint.parent / "eval_before_results.json").write_text('{"eval_before_loss": 0.25}')
+    other = tmp_path / "other"
+    (other / "checkpoint-99").mkdir(parents=True)
+    (other / "eval_before_results.json").write_text('{"eval_before_loss": 0.75}')
+    file = str(recipe(max_steps=2, validation_file=None, output_dir=str(other)))
+    argv = [file, "--resume_from_checkpoint", str(checkpoint)]
+    assert main(argv) == 2
+    assert f"{other} holds an earlier run" in capsys.readouterr().err
+    assert main([*argv, "--overwrite_output_dir"]) == 0
+    assert not (other / "checkpoint-99").exists()
+    assert checkpoint.is_dir()
+    assert json.loads((other / "all_results.json").read_text())["eval_before_loss"] == 0.25
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])

@@ -115,6 +115,10 @@ class TestRows:
         with pytest.raises(UserError, match=message):
             prepare(byte_model, [given])
 
+    def test_one_length_for_two(self, byte_model: Path) -> None:
+        with pytest.raises(UserError, match=r"max_length says nothing here.*; write max_source_length and max_target"):
+            prepare(byte_model, rows(2), max_length=8)
+
     def test_a_model_without_a_decoder(self, encoder: Path) -> None:
         with pytest.raises(UserError, match="has no encoder and decoder; use a model such as T5 or BART"):
             prepare(encoder, rows(2), name="model_name_or_path")

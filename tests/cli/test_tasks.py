@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from transformers import AutoConfig, AutoTokenizer, EvalPrediction
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoTokenizer, EvalPrediction, PreTrainedTokenizerFast, RobertaConfig
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
 from hf_mbp.cli.errors import UserError
+from hf_mbp.cli.metrics import cross_entropy
 from hf_mbp.cli.models import load_config, load_tokenizer
 from hf_mbp.cli.splits import Splits
 from hf_mbp.cli.tasks import TASKS, find_task, text_classification
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.language_modeling import encode_conversation
+from hf_mbp.cli.tasks.preference_tuning import encode_pair
+from tests.cli.conftest import SIZES, word_tokenizer
 
 Prepared = Callable[..., TaskSetup]
 
@@ -32,6 +36,21 @@ def prepare(task: str, model: Path, train: Any, validation: Any = None, **option
     config = load_config(model_arguments)
     tokenizer = load_tokenizer(model_arguments, config)
     return TASKS[task](splits, tokenizer, config, model_arguments, DataArguments(train_file="train.x", **options))
+
+
+def blank_tokenizer(scheme: str) -> PreTrainedTokenizerFast:
+    """Of letters and a few words, each with the blank in front of it."""
+    symbols = ["<unk>", "</s>", *"abehinorstu\u2581\n<>|", "\u2581a", "\u2581b", "\u2581h", "\u2581hi"]
+    merges = [("\u2581", "a"), ("\u2581", "b"), ("\u2581", "h"), ("\u2581h", "i")]
+    vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    fast.chat_template = (
+        "{% for m in messages %}{{ '<' + m['role'] + '>\n' + m['content'] + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>\n' }}{% endif %}"
+    )
+    return fast
 
 
 def classify(model: Path, *labels: Any, validation: tuple[Any, ...] | None = None, **options: Any) -> TaskSetup:
@@ -118,6 +137,18 @@ class TestTextClassification:
         assert classify(tmp_path / "trained", 1, 0).train["labels"][:] == [1, 0]
         with pytest.raises(UserError, match="does not have: '2'"):
             classify(tmp_path / "trained", 1, 2)
+
+    @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+    def test_what_a_model_was_trained_for_before_is_over(self, encoder: Path, tmp_path: Path, kind: str) -> None:
+        """Its loss was another one, of numbers or of several labels a row."""
+        first = classify(encoder, "ham", "spam").model
+        first.config.problem_type = kind
+        first.save_pretrained(tmp_path / "trained")
+        AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "trained")
+        setup = classify(tmp_path / "trained", "x", "y", "z", new_head=True)
+        batch = setup.collator([setup.train[i] for i in range(3)])
+        outputs = setup.model.eval()(**batch)
+        assert outputs.loss.item() == pytest.approx(cross_entropy(outputs.logits.detach().numpy(), np.arange(3)))
 
     def test_rows_are_cut_but_not_padded_and_the_user_is_told(
         self, encoder: Path, capsys: pytest.CaptureFixture[str]
@@ -269,6 +300,25 @@ class TestLanguageModeling:
         with pytest.raises(UserError, match=message):
             encode_conversation(tokenizer, messages)
 
+    @pytest.mark.parametrize("scheme", ["first", "always"])
+    def test_tokenizers_that_begin_with_a_blank(self, scheme: str) -> None:
+        """Llama's: it is in front of the conversation, and of no answer in it."""
+        tokenizer = blank_tokenizer(scheme)
+        contents = [("user", "a hi"), ("assistant", "hi b"), ("user", "b"), ("assistant", "a")]
+        messages = [{"role": role, "content": content} for role, content in contents]
+        ids, labels = encode_conversation(tokenizer, messages)
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+        learned = tokenizer.convert_ids_to_tokens([label for label in labels if label != -100])
+        assert learned[:4] == ["h", "i", "\u2581b", "</s>"]
+        better, worse = ([*messages[:3], {"role": "assistant", "content": content}] for content in ("hi", "a"))
+        prompt, *answers = encode_pair(tokenizer, better, worse, "rows")
+        begin = len(tokenizer.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True))
+        for answer, conversation in zip(answers, (better, worse), strict=True):
+            whole = tokenizer.apply_chat_template(conversation, tokenize=False)
+            assert prompt + answer == tokenizer(whole, add_special_tokens=False)["input_ids"]
+            assert prompt == tokenizer(whole[:begin], add_special_tokens=False)["input_ids"]
+
     def test_what_the_template_itself_refuses(self, tokenizer: Any) -> None:
         tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
         messages = [{"role": role, "content": "a"} for role in ("user", "assistant")]
@@ -278,6 +328,16 @@ class TestLanguageModeling:
     def test_missing_columns(self, chat_model: Path) -> None:
         with pytest.raises(UserError, match=r"no column 'a' \(option answer_column\); its columns are q"):
             prepare("language_modeling", chat_model, [{"q": "a"}], prompt_column="q", answer_column="a")
+
+
+def test_places_for_padding_are_none_for_tokens(tmp_path: Path) -> None:
+    """RoBERTa's configuration counts both, and some tokenizers on the Hub know no limit."""
+    word_tokenizer(pad_token="[PAD]").save_pretrained(tmp_path)
+    RobertaConfig(vocab_size=99, max_position_embeddings=34, pad_token_id=1, **SIZES).save_pretrained(tmp_path)
+    rows = [{"text": "a " * number, "label": number % 2} for number in (33, 40)]
+    setup = prepare("text_classification", tmp_path, rows, random_weights=True)
+    assert [len(ids) for ids in setup.train["input_ids"]] == [32, 32]
+    setup.model(**setup.collator([setup.train[0]]))
 
 
 def test_config_limits_the_tokenizer(chat_model: Path) -> None:

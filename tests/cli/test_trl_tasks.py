@@ -132,6 +132,21 @@ def test_adapters_learn_and_are_saved(sft: Callable[..., Path], tmp_path: Path, 
     assert AutoTokenizer.from_pretrained(run).chat_template is not None
 
 
+@pytest.mark.parametrize("options", [LORA, {}], ids=["adapters", "all weights"])
+def test_the_readme_is_the_users_or_ours(
+    sft: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any]
+) -> None:
+    """And neither the card that TRL writes with each checkpoint nor the form that PEFT saves with a model."""
+    readme = tmp_path / "run" / "README.md"
+    file = str(sft(max_steps=1, save_strategy="steps", save_steps=1, eval_before_training=False, **options))
+    assert main([file]) == 0
+    assert "<!-- This card was written by hf-mbp train. -->" in readme.read_text()
+    readme.write_text("# My project\n")
+    assert main([file, "--overwrite_output_dir"]) == 0
+    assert readme.read_text() == "# My project\n"
+    assert "no model card is written over it" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("task", ["sft", "dpo"])
 def test_the_evaluation_does_not_depend_on_the_batch_size(task: str, request: pytest.FixtureRequest) -> None:
     """23 rows: the mean of the batches' means would give the last, smaller batch too much weight."""
@@ -390,6 +405,7 @@ def test_the_task_says_what_the_options_are(sft: Callable[..., Path], recipe: Ca
         ({"beta": 0.1}, "'beta' is not a known key"),
         ({"loss_type": "hinge"}, "invalid choice: 'hinge'"),
         ({"packing": True}, "packing needs max_length"),
+        ({"eval_packing": True, "max_length": 48}, "eval_packing goes with packing"),
         ({"lora_r": 0}, "lora_r is 0; write a whole number from 1"),
         ({"lora_dropout": 1.5}, "lora_dropout is 1.5; write a number from 0"),
         ({"task": "language_modeling", "use_peft": True}, "adapters are trained by instruction_tuning and preference"),

@@ -21,10 +21,10 @@ class TaskSetup:
 
     ``compute_metrics`` should return ``mean_loss``, too: the loss averaged over all that the evaluation set has of
     what the loss counts. ``make_trainer`` takes what Trainer takes, and ``mbp_config``; it may have a collator and
-    metrics of its own, which are then ``None`` here. ``rows_each`` is how many rows of a batch a row of the data set
-    makes: 2 for a pair. ``reference`` loads a frozen model that training needs beside the one that is trained.
-    ``model_with_loss`` is what the memory of training is predicted by, if the model itself returns no loss, and
-    ``inputs_of`` makes its inputs of so many rows of a width, if they are not those of a usual model.
+    metrics of its own, which are then ``None`` here. ``reference`` loads a frozen model that training needs beside the
+    one that is trained. ``model_with_loss`` is what the memory of training is predicted by, if the model itself returns
+    no loss, and ``inputs_of`` makes its inputs of so many rows of the data set of a width, if they are not those of a
+    usual model.
     """
 
     model: PreTrainedModel
@@ -34,7 +34,6 @@ class TaskSetup:
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
     preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None
     make_trainer: Callable[..., Any] = FinetuneTrainer
-    rows_each: int = 1
     reference: Callable[[], PreTrainedModel] | None = None
     model_with_loss: Any = None
     inputs_of: Callable[[int, int], dict[str, torch.Tensor]] | None = None

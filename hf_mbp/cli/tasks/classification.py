@@ -102,11 +102,12 @@ def names_of(values: Iterable[Any], feature: Any, labels: Labels) -> list[Any]:
 
 
 def load_classifier(auto_class: Any, labels: Labels, arguments: ModelArguments) -> PreTrainedModel:
-    """Load a model with one output for each class."""
+    """Load a model with one output for each class, of which one is right, whatever it was trained for before."""
     return load_model(
         auto_class,
         arguments,
         num_labels=len(labels.names),
+        problem_type="single_label_classification",
         id2label=dict(enumerate(labels.names)),
         label2id={name: i for i, name in enumerate(labels.names)},
         ignore_mismatched_sizes=arguments.new_head,

@@ -121,20 +121,34 @@ def encode_conversation(
 ) -> Encoded:
     """Return a conversation's tokens in the tokenizer's chat template; labels are on what the assistant says, or all.
 
-    Each piece is tokenized by itself, as at generation time, when the answer does not exist yet: no token spans the
+    Each piece has tokens of its own, as at generation time, when the answer does not exist yet: no token spans the
     border.
     """
     ids: list[int] = []
     labels: list[int] = []
+    before = ""
     for text, is_answer in split_conversation(tokenizer, messages):
-        piece = encode_piece(tokenizer, text)
+        piece = encode_piece(tokenizer, text, before)
         ids += piece
         labels += piece if is_answer or not assistant_only else [IGNORED] * len(piece)
+        before = text
     return ids, labels
 
 
-def encode_piece(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the tokens of what the template has written, which are all there are."""
+def encode_piece(tokenizer: PreTrainedTokenizerBase, text: str, before: str) -> list[int]:
+    """Return the tokens of what the template has written after ``before``, without any that begins in there.
+
+    They are those that the text has where it stands: tokenizers like Llama's put a blank in front of whatever they are
+    given by itself, and the model would learn to begin its answers with it.
+    """
+    known, together = _tokens(tokenizer, before), _tokens(tokenizer, before + text)
+    if together[: len(known)] == known:
+        return together[len(known) :]
+    return _tokens(tokenizer, text)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text in which the template has put all there are."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
     return ids
 

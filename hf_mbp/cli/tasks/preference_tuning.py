@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +21,7 @@ from hf_mbp.cli.splits import Part, Splits, require_columns
 from hf_mbp.cli.tasks.base import TaskSetup
 from hf_mbp.cli.tasks.language_modeling import Messages, encode_piece, split_conversation
 from hf_mbp.cli.tokenization import CUT, Batch, encode_rows, encode_splits
+from hf_mbp.estimate import default_inputs
 
 # Of the rows sorted by length, how far away the other row is at most.
 NEIGHBOURS = 5
@@ -50,14 +54,21 @@ def prepare(
         return model
 
     reference = load if adapters is None else None  # else it is the model without its adapters
+    model = with_adapters(load(), model_arguments, adapters)
     return TaskSetup(
-        model=with_adapters(load(), model_arguments, adapters),
+        model=model,
         train=train,
         validation=validation,
         make_trainer=partial(make_trainer, reference=reference, peft_config=adapters),
-        rows_each=2,
         reference=reference,
+        inputs_of=partial(_inputs, model),
     )
+
+
+def _inputs(model: Any, pairs: int, width: int) -> dict[str, torch.Tensor]:
+    """Inputs without data of so many pairs, whose sides have half of the width."""
+    side = math.ceil(width / 2)
+    return default_inputs(model, 2 * pairs, side, side)
 
 
 def make_trainer(*, model: Any, args: Any, reference: Any, **options: Any) -> Any:
@@ -179,5 +190,6 @@ def encode_pair(
         )
     *before, (better, _) = split_conversation(tokenizer, chosen)
     *_, (worse, _) = split_conversation(tokenizer, rejected)
-    prompt = [token for text, _ in before for token in encode_piece(tokenizer, text)]
-    return prompt, encode_piece(tokenizer, better), encode_piece(tokenizer, worse)
+    pieces = ["", *(text for text, _ in before)]
+    prompt = [token for previous, text in pairwise(pieces) for token in encode_piece(tokenizer, text, previous)]
+    return prompt, encode_piece(tokenizer, better, pieces[-1]), encode_piece(tokenizer, worse, pieces[-1])

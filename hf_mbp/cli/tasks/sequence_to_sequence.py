@@ -45,6 +45,10 @@ def prepare(
             f"{model_arguments.model_name_or_path or model_arguments.config_name} has no encoder and decoder;"
             " use a model such as T5 or BART, or the task language_modeling"
         )
+    if data_arguments.max_length is not None:
+        raise UserError(
+            "max_length says nothing here, where rows have two lengths; write max_source_length and max_target_length"
+        )
     columns: dict[str, str | None] = {
         "source_column": data_arguments.source_column,
         "target_column": data_arguments.target_column,
