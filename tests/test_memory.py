@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from hf_mbp import device_memory, memory
+from hf_mbp import device_memory
 from hf_mbp.byte_sizes import format_bytes, parse_memory_limit
 from hf_mbp.memory import (
     DEFAULT_FRACTION,
