@@ -142,14 +142,24 @@ def with_adapters(model: PreTrainedModel, arguments: ModelArguments, adapters: A
         return get_peft_model(model, adapters)
 
 
-def length_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None, option: str = "max_length") -> int | None:
+def length_limit(
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    option: str = "max_length",
+    *,
+    config: PreTrainedConfig | None = None,
+) -> int | None:
     """Return after how many tokens to cut a row: ``max_length``, or what the model can read, or ``None`` for no limit.
+
+    A model whose ``config`` states no number of positions, such as T5, reads any number, and what the tokenizer says is
+    only what it was trained with.
 
     Raises:
         UserError: ``max_length`` is more than the model can read.
     """
     readable = tokenizer.model_max_length
-    if max_length is not None and max_length > readable:
+    is_firm = config is None or getattr(config, "max_position_embeddings", None) is not None
+    if max_length is not None and max_length > readable and is_firm:
         raise UserError(
             f"{option} is {max_length}, but the model reads at most {readable} tokens; write a smaller number"
         )

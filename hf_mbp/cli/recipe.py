@@ -18,6 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_mbp.cli.arguments import DataArguments, ModelArguments, RunArguments
 from hf_mbp.cli.errors import UserError, user_errors
 from hf_mbp.cli.sources import is_there, resolve_config, resolve_file
+from hf_mbp.cli.task_options import refuse_options_of_others
 from hf_mbp.cli.training_arguments import TRL_TASKS, check_training_arguments, training_arguments
 from hf_mbp.config import MBPConfig
 
@@ -71,14 +72,7 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
     folder = Path.cwd() if file is None else file.parent
     if given.get("config_name") is not None:
         given["config_name"] = resolve_config(given["config_name"], folder)
-    if given.get("packing") and given.get("max_length") is None:
-        raise UserError("packing needs max_length: rows are put together up to so many tokens; write one, such as 1024")
-    if given.get("eval_packing") and not given.get("packing"):
-        raise UserError(
-            "eval_packing goes with packing: TRL tells packed rows apart only where it packs those of training"
-        )
-    if given.get("use_peft") and task not in TRL_TASKS:
-        raise UserError(f"use_peft: adapters are trained by {' and '.join(TRL_TASKS)}, not by task {task}")
+    _check_together(task, given)
     with user_errors("bad option", (ValueError, TypeError, ImportError)):
         return Recipe(
             run=_fill(RunArguments, given),
@@ -89,6 +83,23 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
             given=given,
             folder=folder,
         )
+
+
+def _check_together(task: str, given: Values) -> None:
+    """What no option can tell by itself.
+
+    Raises:
+        UserError: options that say nothing without another one, or with this task.
+    """
+    if given.get("packing") and given.get("max_length") is None:
+        raise UserError("packing needs max_length: rows are put together up to so many tokens; write one, such as 1024")
+    if given.get("eval_packing") and not given.get("packing"):
+        raise UserError(
+            "eval_packing goes with packing: TRL tells packed rows apart only where it packs those of training"
+        )
+    if given.get("use_peft") and task not in TRL_TASKS:
+        raise UserError(f"use_peft: adapters are trained by {' and '.join(TRL_TASKS)}, not by task {task}")
+    refuse_options_of_others(task, given)
 
 
 def _fill_training(arguments: type[TrainingArguments], given: Values) -> TrainingArguments:

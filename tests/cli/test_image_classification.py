@@ -197,3 +197,8 @@ def test_what_is_no_image_is_named_with_its_column(image_model: Path) -> None:
     rows = Dataset.from_dict({"picture": ["cat.png", "dog.png"], "kind": ["cat", "dog"]})
     with pytest.raises(UserError, match=r"train.x, column 'picture', must hold images, but has 'cat.png'"):
         prepare(rows, config_name=str(image_model))
+
+
+def test_a_length_says_nothing_of_images(image_model: Path) -> None:
+    with pytest.raises(UserError, match="max_length says nothing of images"):
+        prepare(pictures(4), config_name=str(image_model), max_length=8)

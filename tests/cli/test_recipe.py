@@ -138,16 +138,37 @@ def test_a_missing_file_is_named(parser: argparse.ArgumentParser) -> None:
         ),
         (["--train_file", "a", "--validation_fraction", "1.5"], "validation_fraction is 1.5; write a number between"),
         (["--train_file", "a", "--max_length", "0"], "max_length is 0; write a whole number from 1"),
-        (["--train_file", "a", "--prompt_column", "p"], "prompt_column and answer_column go together"),
         (
-            ["--train_file", "a", "--prompt_column", "p", "--answer_column", "a", "--messages_column", "m"],
+            ["--task", "language_modeling", "--train_file", "a", "--prompt_column", "p"],
+            "prompt_column and answer_column go together",
+        ),
+        (
+            [
+                *("--task", "language_modeling", "--train_file", "a"),
+                *("--prompt_column", "p", "--answer_column", "a", "--messages_column", "m"),
+            ],
             "write either prompt_column and answer_column, or messages_column",
         ),
         (
             ["--train_file", "a", "--config_name", "c", "--model_name_or_path", "m"],
             r"write either model_name_or_path \(its weights\) or config_name \(random weights\), not both",
         ),
-        (["--train_file", "a", "--max_target_length", "0"], "max_target_length is 0; write a whole number from 1"),
+        (
+            ["--task", "sequence_to_sequence", "--train_file", "a", "--max_target_length", "0"],
+            "max_target_length is 0; write a whole number from 1",
+        ),
+        (
+            ["--train_file", "a", "--doc_stride", "9"],
+            "doc_stride is an option of question_answering, not of text_classification; leave it out",
+        ),
+        (
+            ["--task", "embedding", "--train_file", "a", "--label_column", "kind"],
+            "label_column is an option of text_classification and image_classification, not of embedding",
+        ),
+        (
+            ["--train_file", "a", "--predict_with_generate"],
+            "predict_with_generate is an option of sequence_to_sequence",
+        ),
         (["--train_file", "a", "--dtype", "int8"], "dtype is 'int8'; write one of float32"),
         (["--train_file", "a", "--memory_limit", "lots"], "memory_limit='lots'"),
         (["--train_file", "a", "--max_tokens_per_micro_batch", "0"], "max_tokens_per_micro_batch"),

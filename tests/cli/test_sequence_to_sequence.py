@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, EvalPrediction, GenerationConfig
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, EvalPrediction, GenerationConfig
 
 from hf_mbp.cli import check
 from hf_mbp.cli.arguments import DataArguments, ModelArguments
 from hf_mbp.cli.errors import UserError
 from hf_mbp.cli.finetune import main
-from hf_mbp.cli.models import load_config, load_tokenizer
+from hf_mbp.cli.models import length_limit, load_config, load_tokenizer
 from hf_mbp.cli.recipe import read_recipe
 from hf_mbp.cli.run_plan import plan_run
 from hf_mbp.cli.splits import Splits
@@ -118,6 +118,16 @@ class TestRows:
     def test_one_length_for_two(self, byte_model: Path) -> None:
         with pytest.raises(UserError, match=r"max_length says nothing here.*; write max_source_length and max_target"):
             prepare(byte_model, rows(2), max_length=8)
+
+    def test_only_models_with_places_for_tokens_limit_what_is_asked_for(self, byte_model: Path) -> None:
+        """What T5's tokenizer says is what T5 was trained with; it reads longer sources, too."""
+        model = ModelArguments(config_name=str(byte_model))
+        tokenizer = load_tokenizer(model, load_config(model))
+        tokenizer.model_max_length = 8
+        assert length_limit(tokenizer, None, config=load_config(model)) == 8
+        assert length_limit(tokenizer, 16, config=load_config(model)) == 16
+        with pytest.raises(UserError, match="max_source_length is 16, but the model reads at most 8 tokens"):
+            length_limit(tokenizer, 16, "max_source_length", config=BartConfig())
 
     def test_a_model_without_a_decoder(self, encoder: Path) -> None:
         with pytest.raises(UserError, match="has no encoder and decoder; use a model such as T5 or BART"):

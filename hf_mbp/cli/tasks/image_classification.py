@@ -32,6 +32,8 @@ def prepare(
 
     ``processor`` is the image processor of the model.
     """
+    if data_arguments.max_length is not None:
+        raise UserError("max_length says nothing of images, which the processor makes of one size; leave it out")
     require_columns(splits, {"image_column": data_arguments.image_column, "label_column": data_arguments.label_column})
     labels = find_labels(
         splits, data_arguments.label_column, config, head=_HEAD, new_head=model_arguments.starts_new_head

@@ -55,7 +55,9 @@ def prepare(
     }
     splits = _with_inner_columns(splits, columns.values())
     require_columns(splits, columns)
-    train, validation = encode_splits(splits, partial(_encode, tokenizer=tokenizer, arguments=data_arguments))
+    train, validation = encode_splits(
+        splits, partial(_encode, config=config, tokenizer=tokenizer, arguments=data_arguments)
+    )
     model = load_model(AutoModelForSeq2SeqLM, model_arguments)
     _set_generation_length(model, data_arguments.max_target_length, max(column_lengths(train, "labels")))
     return TaskSetup(
@@ -78,9 +80,11 @@ def _with_inner_columns(splits: Splits, columns: Any) -> Splits:
     return replace(splits, train=splits.train.flatten(), validation=validation)
 
 
-def _encode(part: Part, *, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> Dataset:
-    limit = length_limit(tokenizer, arguments.max_source_length, "max_source_length")
-    target_limit = length_limit(tokenizer, arguments.max_target_length, "max_target_length")
+def _encode(
+    part: Part, *, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments
+) -> Dataset:
+    limit = length_limit(tokenizer, arguments.max_source_length, "max_source_length", config=config)
+    target_limit = length_limit(tokenizer, arguments.max_target_length, "max_target_length", config=config)
 
     def encode(batch: Batch) -> Batch:
         targets = texts(batch, arguments.target_column)
