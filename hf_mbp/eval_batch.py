@@ -148,7 +148,7 @@ class EvalBatch:
         """Some of its examples, without the columns that are padding in all of them if `cuts`."""
         if not self.is_splittable:
             return dict(self.inputs)
-        if self.rows_each == 1 and examples == list(range(self.num_examples)):
+        if examples == list(range(self.num_examples)):
             taken = dict(self.inputs)
         else:
             taken = {key: self._taken(value, examples) for key, value in self.inputs.items()}

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from hf_mbp import collate
-from hf_mbp.collate import KeepRows, Rows, count_cells, num_rows_of, row_length, select_rows, target_length
+from hf_mbp.collate import KeepRows, Rows, collated, count_cells, num_rows_of, row_length, select_rows, target_length
 from tests.helpers import word_tokenizer
 
 with_workers = [
@@ -243,6 +243,9 @@ PAIR = {"chosen_ids": [1, 2, 3], "rejected_ids": torch.arange(5)}
         ({"input_features": [np.zeros(7)] * 3}, 7),
         ({"input_values": np.zeros(160)}, 160),
         ({"input_ids": [1, 2], "input_features": torch.zeros(80, 300)}, 2),
+        ({"query_input_ids": [1, 2], "passage_input_ids": [3, 4, 5]}, 5),
+        ({"decoder_input_ids": [1, 2], "query_input_ids": [3]}, 1),
+        ({"decoder_input_ids": [1, 2], "input_values": np.zeros(160)}, 160),
     ],
 )
 def test_pairs_and_sounds_have_lengths(row: Any, length: int) -> None:
@@ -301,6 +304,27 @@ def test_cells_without_tokens_are_not_counted(with_targets: bool) -> None:
     assert count_cells(inputs, with_targets=with_targets) is None
 
 
+@pytest.mark.parametrize(
+    ("inputs", "cells"),
+    [
+        ({"input_features": torch.zeros(2, 80, 30), "attention_mask": torch.ones(2, 30)}, 60),
+        ({"input_features": torch.zeros(2, 30, 80), "attention_mask": torch.ones(2, 30)}, 60),
+        ({"input_features": torch.zeros(2, 80, 30)}, 60),
+        ({"input_values": torch.zeros(2, 160), "attention_mask": torch.ones(2, 160)}, 320),
+        ({"input_values": torch.zeros(2, 160)}, 320),
+    ],
+)
+def test_cells_of_sounds_are_their_frames(inputs: Any, cells: int) -> None:
+    assert count_cells(inputs, with_targets=False) == cells
+    assert count_cells({**inputs, "labels": torch.zeros(2, 4)}, with_targets=True) == cells + 8
+
+
+def test_cells_of_several_columns_are_added_up_but_for_what_the_decoder_is_fed_with() -> None:
+    """That is its targets again, one place further on."""
+    inputs = {"sentence_0_input_ids": torch.zeros(3, 7), "sentence_1_input_ids": torch.zeros(3, 2)}
+    assert count_cells({**inputs, "decoder_input_ids": torch.zeros(3, 4)}, with_targets=False) == 27
+
+
 def test_targets_that_are_missing_have_no_cells() -> None:
     assert count_cells({"input_ids": torch.zeros(3, 7)}, with_targets=True) == 21
 
@@ -319,6 +343,26 @@ def test_selected_rows_keep_their_width_and_order() -> None:
     assert selected["scale"] is inputs["scale"]
     assert selected["table"] is inputs["table"]
     assert selected["name"] == "x"
+
+
+def taking(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A collator that takes things out of its rows."""
+    values = [row.pop("input_ids") for row in rows]
+    width = max(map(len, values))
+    return {"input_ids": torch.tensor([value + [0] * (width - len(value)) for value in values])}
+
+
+def test_the_collator_gets_copies_of_rows_each_group_padded_by_itself() -> None:
+    rows = [{"input_ids": [1]}, {"input_ids": [2, 3]}, {"input_ids": [4, 5, 6]}]
+    groups = collated(taking, [[rows[2]], [rows[1], rows[0]]])
+    assert [group["input_ids"].tolist() for group in groups] == [[[4, 5, 6]], [[2, 3], [1, 0]]]
+    assert all("input_ids" in row for row in rows)
+
+
+def test_rows_whose_loss_looks_at_all_columns_are_padded_to_one_width() -> None:
+    rows = [{"input_ids": [1] * length, "start_positions": 0} for length in (3, 2, 1)]
+    groups = collated(taking, [[rows[0]], [rows[1], rows[2]]])
+    assert [group["input_ids"].tolist() for group in groups] == [[[1, 1, 1]], [[1, 1, 0], [1, 0, 0]]]
 
 
 class CountingPickler(pickle.Pickler):

@@ -8,9 +8,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
-from hf_mbp.items import changed_first_labels, count_items, has_token_labels, shift_probes, with_an_item
+from hf_mbp.items import (
+    changed_first_labels,
+    checked_count,
+    count_items,
+    has_token_labels,
+    is_regression,
+    items_of,
+    shift_probes,
+    with_an_item,
+)
 from tests.examples import examples
+from tests.helpers import bert_config, llama_config
 
 quick = examples(60)
 
@@ -97,6 +108,66 @@ def test_labels_of_several_dimensions_shift_along_the_last() -> None:
     assert count_items({"labels": labels}, shifts=False) == 8
 
 
+# items_of
+
+
+def test_whether_the_loss_shifts_is_asked_for_token_labels_only() -> None:
+    """To find out is a forward pass, or an error where there is nothing to try it with."""
+
+    def ask(inputs: Any) -> bool:
+        raise AssertionError("it makes no difference here")
+
+    labels = torch.tensor([[5, 7, -100]])
+    for inputs, items in [
+        ({"labels": labels, "shift_labels": labels}, 2),
+        ({"labels": torch.tensor([1, 2, -100])}, 2),
+        ({"labels": torch.zeros(2, 0, dtype=torch.long)}, 0),
+        ({"input_ids": labels}, 1),
+    ]:
+        assert items_of(inputs, None, ask) == items
+    assert items_of({"labels": labels}, None, lambda inputs: True) == 1
+
+
+# checked_count
+
+
+@pytest.mark.parametrize("count", [0, 0.0, 3, 0.5])
+def test_a_count_may_be_zero_and_need_not_be_an_integer(count: float) -> None:
+    assert checked_count(count) == count
+
+
+@pytest.mark.parametrize("count", [-1, float("nan"), "3", None])
+def test_what_is_no_count_is_refused(count: Any) -> None:
+    with pytest.raises(ValueError, match=r"num_items\(micro_batch\) must return a number"):
+        checked_count(count)
+
+
+# is_regression
+
+
+@pytest.mark.parametrize("problem", [None, "regression", "multi_label_classification", "single_label_classification"])
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_a_regression_is_what_counts_any_number_as_a_target(num_labels: int, problem: str | None) -> None:
+    """By the loss of transformers: a class of -100 has none."""
+    if (num_labels, problem) == (1, "single_label_classification"):
+        problem = None  # one class is refused by the configuration
+    labels = torch.full((2, num_labels) if problem == "multi_label_classification" else (2,), -100)
+    config = bert_config(num_labels=num_labels, problem_type=problem)
+    counts = is_regression(config, labels)
+    if problem == "regression" and num_labels > 1:
+        labels = labels[:, None].expand(-1, num_labels)
+    if problem == "multi_label_classification":
+        labels = labels.float()
+    loss = ForSequenceClassificationLoss(labels, torch.zeros(2, num_labels), config)
+    assert counts == isfinite(float(loss))
+
+
+def test_a_language_model_with_one_label_is_no_regression() -> None:
+    config = llama_config(num_labels=1)
+    assert not is_regression(config, torch.ones(2, 3, dtype=torch.long))
+    assert is_regression(config, torch.ones(2, 1, dtype=torch.long))
+
+
 # has_token_labels
 
 
@@ -106,6 +177,7 @@ def test_labels_of_several_dimensions_shift_along_the_last() -> None:
         (torch.ones(2, 3, dtype=torch.long), True),
         (torch.ones(2, 3, 4, dtype=torch.int32), True),
         (torch.ones(2, dtype=torch.long), False),
+        (torch.zeros(2, 0, dtype=torch.long), False),
         (torch.ones(2, 3), False),
         ([[1, 2]], False),
         (None, False),

@@ -7,7 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_mbp.padding import IGNORE_INDEX, can_be_cut, cut_columns, is_left_padded, settle_left_padding, trim, width_of
+from hf_mbp.padding import (
+    IGNORE_INDEX,
+    can_be_cut,
+    cut_columns,
+    is_left_padded,
+    settle_left_padding,
+    trim,
+    width_of,
+    with_padding,
+    without_padding,
+)
 from tests.examples import examples
 from tests.helpers import Pad
 
@@ -107,6 +117,74 @@ def test_trim_leaves_what_is_not_as_wide() -> None:
     assert trimmed["name"] == "x"
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@given(lengths=row_lengths, multiple=st.integers(1, 5))
+@quick
+def test_trim_rounds_widths_as_the_collator_does(side: str, lengths: list[int], multiple: int) -> None:
+    rows, pad = rows_of(lengths), Pad(side=side, pad_to_multiple_of=multiple)
+    wide = pad([*rows, *rows_of([11])])
+    trimmed = trim({key: value[:-1] for key, value in wide.items()}, multiple_of=multiple)
+    assert {key: value.tolist() for key, value in trimmed.items()} == {k: v.tolist() for k, v in pad(rows).items()}
+
+
+def test_rounding_goes_no_further_than_there_are_columns() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    assert trim({"attention_mask": mask}, multiple_of=4)["attention_mask"].tolist() == [[0, 1, 1, 1]]
+    assert trim({"attention_mask": mask}, multiple_of=8)["attention_mask"].tolist() == mask.tolist()
+
+
+TARGETS = {
+    "input_ids": torch.tensor([[5, 6, 0, 0, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 0, 0, 0]]),
+    "labels": torch.tensor([[-100, 8, -100, -100]]),
+    "decoder_input_ids": torch.tensor([[1, 2, 3, 4]]),
+}
+
+
+@pytest.mark.parametrize(("decoder_mask", "num_targets"), [(None, 2), ([0, 1, 0, 0], 2), ([1, 1, 1, 0], 3)])
+def test_targets_are_cut_by_themselves_from_behind(decoder_mask: list[int] | None, num_targets: int) -> None:
+    """A decoder is fed with its targets one place further on, and counts from the first, whether it counts or not."""
+    masks = {} if decoder_mask is None else {"decoder_attention_mask": torch.tensor([decoder_mask])}
+    trimmed = trim({**TARGETS, **masks}, has_targets=True)
+    assert trimmed["input_ids"].tolist() == [[5, 6]]
+    for key in ("labels", "decoder_input_ids", *masks):
+        assert trimmed[key].tolist() == [(TARGETS | masks)[key][0, :num_targets].tolist()]
+
+
+def test_labels_of_as_many_columns_as_the_tokens_may_be_targets() -> None:
+    inputs = {**TARGETS, "labels": torch.tensor([[7, 8, 9, 2, -100]])}
+    assert trim(inputs, has_targets=True)["labels"].tolist() == [[7, 8, 9, 2]]
+    assert trim(inputs, has_targets=True)["input_ids"].tolist() == [[5, 6]]
+
+
+def test_each_mask_speaks_for_the_columns_of_its_own_name() -> None:
+    inputs = {
+        "sentence_0_input_ids": torch.arange(6).view(2, 3),
+        "sentence_0_attention_mask": torch.tensor([[1, 0, 0], [1, 0, 0]]),
+        "sentence_1_input_ids": torch.arange(8).view(2, 4),
+        "sentence_1_attention_mask": torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0]]),
+        "input_ids": torch.arange(6).view(2, 3),
+        "attention_mask": torch.tensor([[1, 0, 0], [1, 1, 0]]),
+    }
+    widths = {key: value.shape[1] for key, value in trim(inputs).items()}
+    assert widths == {key: 2 if key in ("input_ids", "attention_mask") else 1 + 2 * ("_1_" in key) for key in inputs}
+
+
+def test_a_mask_of_sounds_stays_as_wide_as_they_are() -> None:
+    """Frames may be fewer than what the mask has a place for; a model that finds the mask shorter would fail."""
+    inputs = {"input_features": torch.rand(1, 3, 8), "attention_mask": torch.tensor([[1, 1, 0, 0]])}
+    assert trim(inputs)["attention_mask"].shape == (1, 4)
+
+
+def test_targets_that_are_floats_are_no_labels_of_tokens() -> None:
+    tokens = {"input_ids": torch.arange(8).view(2, 4), "attention_mask": torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])}
+    assert trim({**tokens, "labels": torch.rand(2, 4)})["input_ids"].shape == (2, 4)
+    assert trim({**tokens, "labels": torch.rand(2, 3)})["input_ids"].shape == (2, 2)
+    boxes = torch.rand(2, 4, 4).long()
+    assert trim({**tokens, "labels": torch.rand(2, 4, 6)})["labels"].shape == (2, 2, 6)
+    assert trim({**tokens, "bbox": boxes})["input_ids"].shape == (2, 4), "four corners, or four tokens"
+
+
 # cut_columns
 
 
@@ -134,6 +212,27 @@ def test_cut_keeps_the_first_columns_and_the_last_of_what_holds_tokens() -> None
 def test_cut_leaves_rows_that_are_short_enough() -> None:
     inputs = {"input_ids": torch.ones(2, 10, dtype=torch.long)}
     assert cut_columns(inputs, 10) is inputs
+
+
+# without_padding, with_padding
+
+
+def test_the_last_row_alone_is_as_long_as_it_is_and_has_something_to_learn() -> None:
+    inputs = Pad(side="left")(rows_of([4, 2]))
+    inputs["labels"][:] = IGNORE_INDEX
+    row = without_padding(inputs)
+    assert row["input_ids"].tolist() == [[11, 12]]
+    assert row["attention_mask"].tolist() == [[1, 1]]
+    assert row["labels"][0, 1] >= 0
+    assert bool((inputs["labels"] == IGNORE_INDEX).all())
+
+
+def test_padding_stands_behind_the_first_row_of_a_copy() -> None:
+    inputs = {"attention_mask": torch.ones(2, 3)}
+    assert with_padding(inputs)["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert bool(inputs["attention_mask"].all())
+    for as_it_is in ({"attention_mask": torch.ones(2, 1)}, {"input_ids": torch.ones(2, 3)}):
+        assert with_padding(as_it_is) is as_it_is
 
 
 # settle_left_padding
@@ -177,6 +276,12 @@ def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
     assert settled["labels"].tolist() == [[-100, -100, -100, 502], [-100, 512, 513, 514]]
     assert settled["position_ids"].tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
     assert settled["position_ids"].dtype == torch.int64
+
+
+def test_only_the_first_token_of_a_row_is_no_target() -> None:
+    """Tokens may be masked, as end tokens are where they also pad, and be learned."""
+    inputs = {"attention_mask": torch.tensor([[0, 1, 0, 1]]), "labels": torch.tensor([[-100, 5, 2, 6]])}
+    assert settle_left_padding(inputs, add_position_ids=False)["labels"].tolist() == [[-100, -100, 2, 6]]
 
 
 def test_the_collated_inputs_are_not_changed() -> None:

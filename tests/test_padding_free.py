@@ -96,6 +96,9 @@ def poked(key: str, row: int, column: int, value: int) -> dict[str, Any]:
 
 SHAPE = padded("right")["input_ids"].shape
 SHORT = min(range(len(ROWS)), key=lambda index: len(ROWS[index]["input_ids"]))
+NUMBERED = padded("right")["attention_mask"] * torch.where(torch.arange(SHAPE[1]) < 2, 1, 2)
+"""Two packed texts in each row, as some collators mark them."""
+UNLABELLED = torch.full(SHAPE, -100)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,7 @@ SHORT = min(range(len(ROWS)), key=lambda index: len(ROWS[index]["input_ids"]))
         (changed(attention_mask=torch.zeros(SHAPE, dtype=torch.long)), "all their tokens are padding"),
         (poked("attention_mask", 0, 1, 0), "their attention_mask is not one run of ones a row"),
         (poked("attention_mask", 0, 1, 2), "their attention_mask is not one run of ones a row"),
+        (changed(attention_mask=NUMBERED, labels=UNLABELLED), "their attention_mask is not one run of ones a row"),
         (poked("labels", SHORT, -1, 7), "padding has labels that count"),
         (Pad("left")(ROWS), "they are padded on the left, and positions count the padding"),
         (changed(position_ids=torch.arange(1, SHAPE[1] + 1).expand(SHAPE)), "their position_ids do not count each row"),

@@ -150,6 +150,21 @@ def test_frozen_unused_and_tied_weights(tmp_path: Path) -> None:
     assert not [name for name in recorder.gradients[0] if "h.0." in name or name == "unused"]
 
 
+def test_weights_beside_the_model_are_summed_in_float32_too(tmp_path: Path) -> None:
+    class Scaled(MBPTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.head = torch.nn.Linear(1, 1, bias=False).bfloat16()
+            self.passes = Passes(self.head)
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(model, inputs, *args, **kwargs) * self.head.weight.sum()
+
+    trainer, recorder = trained(half_model(), causal_rows(), tmp_path, trainer_class=Scaled)
+    assert len(trainer.passes.parts["weight"]) == recorder.logs[0]["mbp_micro_batches"] > 5
+    assert torch.equal(trainer.head.weight.grad, trainer.passes.sums()["weight"])
+
+
 def test_weights_of_two_dtypes(tmp_path: Path) -> None:
     """Only what is half precision is moved: `Passes` sees the sum of the others grow."""
     model = half_model()

@@ -3,11 +3,14 @@
 import copy
 import gc
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import BertForSequenceClassification, LlamaForCausalLM, TrainerCallback
 
@@ -15,7 +18,9 @@ from hf_mbp import MBPTrainer, other_trainers
 from hf_mbp.accumulation import Float32Sums
 from hf_mbp.compat import can_checkpoint
 from hf_mbp.first_step import protect_first_step
-from hf_mbp.recovery import MOST_TIMES, SMALL_BUFFER, ChangingBuffers, Fault, _counted
+from hf_mbp.recovery import MOST_TIMES, SMALL_BUFFER, Before, ChangingBuffers, Fault, Guard, Recovery, _counted
+from hf_mbp.run_budget import RunBudget
+from hf_mbp.step import MicroBatch
 from tests.faults import MESSAGE, Faults
 from tests.helpers import (
     Pad,
@@ -219,8 +224,176 @@ def test_the_same_fault_again_and_again_ends_the_run() -> None:
         _counted(fault, seen)
 
 
+def test_only_the_same_micro_batch_on_the_same_rank_is_the_same_fault() -> None:
+    seen: Counter[Any] = Counter()
+    fault = Fault(rank=1, rows=2, width=3, is_checkpointed=False)
+    others = [
+        replace(fault, **change) for change in ({"rank": 0}, {"rows": 4}, {"width": 6}, {"is_checkpointed": True})
+    ]
+    assert [_counted(each, seen).times for each in (fault, *others, fault)] == [1, 1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("model_can", "row_is", "expected"),
+    [
+        (True, False, ["checkpoint", "checkpoint"]),
+        (True, True, ["again", "give up"]),
+        (False, False, ["again", "give up"]),
+    ],
+)
+def test_a_single_row_is_checkpointed_or_tried_once_more(model_can: bool, row_is: bool, expected: list[str]) -> None:
+    def what_next(fault: Fault) -> str:
+        if fault.can_be_checkpointed(can_checkpoint=model_can):
+            return "checkpoint"
+        return "give up" if fault.is_hopeless(can_checkpoint=model_can) else "again"
+
+    fault = Fault(rank=0, rows=1, width=9, is_checkpointed=row_is)
+    assert [what_next(replace(fault, times=times)) for times in (1, 2)] == expected
+    assert [what_next(replace(fault, rows=rows, times=3)) for rows in (0, 2)] == ["again", "again"]
+
+
+def micro_batch_of(rows: int, *, is_idle: bool = False) -> MicroBatch:
+    return MicroBatch(inputs={}, num_rows=rows, num_items=rows, cells=4 * rows, tokens=rows, is_idle=is_idle)
+
+
+ALONE: Any = SimpleNamespace(count=1, index=0, device=torch.device("cpu"))
+
+
+def guarded(num_ranks: int, *failing: int) -> tuple[Guard, list[MicroBatch], list[MicroBatch], list[float]]:
+    """Three micro-batches on the last of some ranks, of which passes number `failing` have no memory: the guard, what
+    was planned, what was run, and what came out."""
+    run: list[MicroBatch] = []
+
+    def backward(micro_batch: MicroBatch) -> torch.Tensor:
+        run.append(micro_batch)
+        if len(run) - 1 in failing:
+            raise torch.OutOfMemoryError(MESSAGE)
+        return torch.ones(())
+
+    ranks: Any = SimpleNamespace(count=num_ranks, index=num_ranks - 1, device=torch.device("cpu"))
+    guard = Guard(backward, ranks, [])
+    planned = [
+        MicroBatch(
+            inputs=Pad()(rows), rows=tuple(rows), num_rows=len(rows), num_items=1, cells=60, tokens=50, weight=0.5
+        )
+        for rows in (ROWS[:3], ROWS[:2], ROWS[:1])
+    ]
+    return guard, planned, run, [float(guard(micro_batch)) for micro_batch in planned]
+
+
+def test_after_a_fault_nothing_more_is_run_on_one_process() -> None:
+    guard, planned, run, losses = guarded(1, 1)
+    assert (run, losses) == (planned[:2], [1, 0, 0])
+    assert guard.fault == Fault(rank=0, rows=2, width=30, is_checkpointed=False, reason=MESSAGE)
+
+
+def test_after_a_fault_one_of_several_ranks_goes_on_with_fillers() -> None:
+    """Also in the place of the micro-batch that failed: its collectives are still to be made."""
+    guard, planned, run, losses = guarded(2, 1)
+    assert (run[:2], losses) == (planned[:2], [1, 0, 0])
+    assert [(filler.num_rows, filler.weight, filler.rows) for filler in run[2:]] == [(0, 0, ())] * 2
+    assert all(filler.inputs["input_ids"].shape == (2, 8) for filler in run[2:])
+    assert (guard.fault.rank, guard.fault.row) == (1, None)
+
+
+def test_memory_is_given_back_before_the_rank_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[int] = []
+    monkeypatch.setattr("hf_mbp.recovery.give_back_memory", lambda: given_back.append(1))
+    guarded(2, 0)
+    assert len(given_back) == 1
+    guarded(2, 0, 1)
+    assert len(given_back) == 3
+
+
+def test_a_filler_that_was_planned_may_have_no_memory_either() -> None:
+    def backward(micro_batch: MicroBatch) -> torch.Tensor:
+        raise torch.OutOfMemoryError(MESSAGE)
+
+    guard = Guard(backward, ALONE, [])
+    guard(micro_batch_of(0))
+    assert "a few tokens to keep in step" in str(guard.fault)
+
+
+def test_another_run_finds_out_anew_which_large_buffers_change() -> None:
+    """It may train another model."""
+    modules = [nn.Linear(1, 1), nn.Linear(1, 1)]
+    for module in modules:
+        module.register_buffer("table", torch.zeros(2 * SMALL_BUFFER))
+    micro_batch = micro_batch_of(2)
+    trained_now: list[nn.Module] = []
+    passes: list[int] = []
+
+    def backward(micro_batch: MicroBatch) -> torch.Tensor:
+        trained_now[1].table += 1
+        passes.append(1)
+        if len(passes) == 2:
+            raise torch.OutOfMemoryError(MESSAGE)
+        return torch.ones(())
+
+    recovery = Recovery(ALONE, lambda: trained_now, lambda: [])
+    for module in modules:
+        trained_now[:] = [nn.Linear(1, 1), module]
+        recovery.restart()
+        recovery.run([micro_batch], lambda parts, run: run(*parts), backward, plan_again=lambda faults: [micro_batch])
+    assert [float(module.table.max()) for module in modules] == [1, 1]
+    assert len(passes) == 3
+
+
+def test_the_first_mini_batch_that_runs_tells_which_large_buffers_change() -> None:
+    model, buffers = nn.Linear(1, 1), ChangingBuffers()
+    for name in ("constant", "changing"):
+        model.register_buffer(name, torch.zeros(2 * SMALL_BUFFER))
+    recovery = Recovery(ALONE, lambda: [model], lambda: [], buffers)
+
+    def attempt(micro_batches: list[MicroBatch], run: Any) -> torch.Tensor:
+        return sum(run(one) for one in micro_batches if not one.is_idle)
+
+    def backward(micro_batch: MicroBatch) -> torch.Tensor:
+        model.changing += 1
+        return torch.ones(())
+
+    for is_idle, copied in [(True, ["constant", "changing"]), (False, ["changing"])]:
+        recovery.run([micro_batch_of(2, is_idle=is_idle)], attempt, backward, plan_again=lambda faults: [])
+        assert [kept.name for kept in buffers.copies([model])] == copied
+
+
+def test_what_there_is_to_plan_again_for_is_known_to_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned once all is put back, and the memory of that, too, is given back; the reason is this rank's own."""
+    said = iter([[True, 3, 9, False], [False, 0, 0, False]])
+    ranks: Any = SimpleNamespace(count=2, index=1, device=torch.device("cpu"), gather=lambda *own: [next(said), [*own]])
+    weight, happened, errors = nn.Parameter(torch.ones(1)), [], [torch.OutOfMemoryError(MESSAGE)]
+    monkeypatch.setattr("hf_mbp.recovery.give_back_memory", lambda: happened.append(weight.grad))
+
+    def backward(micro_batch: MicroBatch) -> torch.Tensor:
+        weight.grad = torch.ones(1)
+        if errors:
+            raise errors.pop()
+        return torch.ones(())
+
+    def plan_again(faults: list[Fault]) -> list[MicroBatch]:
+        assert faults == [
+            Fault(rank=0, rows=3, width=9, is_checkpointed=False),
+            Fault(rank=1, rows=2, width=4, is_checkpointed=False, reason=MESSAGE),
+        ]
+        assert happened[-1] is None
+        return [micro_batch_of(1)]
+
+    recovery = Recovery(ranks, lambda: [], lambda: [weight])
+    attempt: Any = lambda micro_batches, run: sum(map(run, micro_batches))  # noqa: E731
+    assert float(recovery.run([micro_batch_of(2)], attempt, backward, plan_again=plan_again)) == 1
+    assert weight.grad is not None
+
+
+def test_a_rank_without_memory_for_fillers_waits_at_the_end() -> None:
+    guard, planned, run, losses = guarded(2, 2, 3)
+    assert (run[:3], len(run), losses) == (planned, 4, [1, 1, 0])
+    assert guard.fault.row is ROWS[0]
+    assert [float(guard(micro_batch)) for micro_batch in planned] == [0, 0, 0]
+    assert len(run) == 4
+
+
 class Counting(nn.Module):
-    """Has a counter of its rows by label, a table that changes late, and a number beside them."""
+    """Has a counter of its rows by label, and a number beside it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,22 +445,129 @@ class Notes(MBPTrainer):
         super().__init__(*args, **kwargs)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": {"rows": []}}
         self._total_train_tokens = 0
+        self.rows_seen = 0
 
     def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
         self._metrics["train"].setdefault("rows", []).append(float(len(inputs["input_ids"])))
         self._total_train_tokens += int(inputs["attention_mask"].sum())
+        self.rows_seen += len(inputs["input_ids"])
         return super().compute_loss(model, inputs, **kwargs)
 
 
-def test_what_a_trainer_notes_is_rolled_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("failing", [0, 1])
+def test_what_a_trainer_notes_is_rolled_back(failing: int, tmp_path: Path) -> None:
     model = classifier()
-    faults = Faults(model.classifier, "backward", {0})
-    recovered = trained(model, tmp_path, faults, trainer_class=Notes)
+    faults = Faults(model.classifier, "backward", {failing})
+    recovered = trained(model, tmp_path, faults, trainer_class=Notes, max_tokens_per_micro_batch=100)
     half = int(recovered.recorder.logs[0]["mbp_max_tokens"])
     same = trained(classifier(), tmp_path, trainer_class=Notes, max_tokens_per_micro_batch=half)
     assert recovered._metrics == same._metrics
     assert len(recovered._metrics["train"]["rows"]) == 1
     assert recovered._total_train_tokens == sum(len(row["input_ids"]) for row in ROWS)
+    assert recovered.rows_seen == len(ROWS)
+
+
+# What is put back
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_gradients_that_were_there_before_are_put_back_as_often_as_need_be(attempts: int) -> None:
+    """Before the mini-batch some have one, some none; backward passes add to the first in place."""
+    model = nn.Linear(2, 1)
+    model.weight.grad = torch.tensor([[1.0, 2.0]])
+    frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+    before = Before([model], [*model.parameters(), frozen], ChangingBuffers())
+    frozen.grad = torch.ones(1)  # nobody's business: a backward pass does not reach it
+    for _ in range(attempts):
+        model(torch.ones(1, 2)).sum().backward()
+        assert model.weight.grad.tolist() == [[2.0, 3.0]]
+        before.put_back()
+        assert model.weight.grad.tolist() == [[1.0, 2.0]]
+        assert model.bias.grad is None
+    assert frozen.grad is not None
+
+
+def test_buffers_are_put_back_in_place_and_under_their_names() -> None:
+    """Whether a pass has written into a buffer or put another one in its place."""
+    model = nn.Linear(1, 1)
+    model.register_buffer("written", torch.ones(2))
+    model.register_buffer("replaced", torch.ones(2))
+    model.longest, model.average = 3, 0.5
+    held = dict(model.named_buffers())
+    before = Before([model], [], ChangingBuffers())
+    model.written += 1
+    model.replaced = torch.zeros(2)
+    model.longest, model.average = 4, 0.25
+    before.put_back()
+    assert (model.longest, model.average) == (3, 0.5), "the numbers beside them, too"
+    for name, buffer in model.named_buffers():
+        assert buffer is held[name]
+        assert buffer.tolist() == [1, 1]
+
+
+def test_a_large_buffer_that_another_takes_the_place_of_has_changed() -> None:
+    model = nn.Linear(1, 1)
+    for name in ("kept", "replaced", "far_away"):
+        model.register_buffer(name, torch.ones(2 * SMALL_BUFFER))
+    buffers = ChangingBuffers()
+    first = buffers.copies([model])
+    model.replaced = torch.ones(2 * SMALL_BUFFER)
+    buffers.learn(first)
+    assert [kept.name for kept in buffers.copies([model])] == ["replaced"]
+    model.far_away += 1
+    buffers.learn(buffers.copies([model]))
+    assert [kept.name for kept in buffers.copies([model])] == ["replaced"], "the first mini-batch decides"
+
+
+class Growing(nn.Module):
+    """Has a large buffer that each forward pass changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(60, 1)
+        self.register_buffer("table", torch.zeros(2 * SMALL_BUFFER))
+
+    def forward(self, input_ids: Any, attention_mask: Any, labels: Any) -> dict[str, Any]:
+        self.table += 1
+        return {"loss": (self.embedding(input_ids).mean((1, 2)) - labels).square().mean()}
+
+
+def test_a_second_run_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another model, whose buffers change, too, and another optimizer, whose first step is protected, too."""
+    protected: list[Any] = []
+    monkeypatch.setattr("hf_mbp.runner.protect_first_step", lambda optimizer, **_: protected.append(optimizer))
+    recorder = Recorder()
+    options = {"check_at_start": False, "callbacks": [recorder], "max_steps": 2}
+    trainer = mbp_trainer(Growing().double(), ROWS, tmp_path, **options)
+    trainer.train()
+
+    def make() -> nn.Module:
+        model = Growing().double()
+        Faults(model.embedding, "backward", {1}).install(model)
+        return model
+
+    trainer.model_init = make
+    trainer.train()
+    assert [log["mbp_oom_retries"] for log in recorder.logs] == [0, 0, 1, 0]
+    assert float(trainer.model.table[0]) == sum(log["mbp_micro_batches"] for log in recorder.logs[2:])
+    assert len({id(optimizer) for optimizer in protected}) == len(protected) == 2
+
+
+def test_a_step_that_was_skipped_was_not_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scaler of fp16 skips steps until its scale is low enough."""
+    protected: list[Any] = []
+    monkeypatch.setattr("hf_mbp.runner.protect_first_step", lambda optimizer, **_: protected.append(optimizer))
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: len(protected) < 3))
+    trained(classifier(), tmp_path, max_steps=5)
+    assert len(protected) == 3
+
+
+def test_room_is_made_before_each_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, happened = classifier(), []
+    monkeypatch.setattr(RunBudget, "make_room", lambda self: happened.append("room"))
+    model.register_forward_pre_hook(lambda *_: happened.append("pass"))
+    trainer = trained(model, tmp_path)
+    assert happened == ["room", "pass"] * int(trainer.recorder.logs[0]["mbp_micro_batches"])
 
 
 # What happens when
@@ -370,22 +650,48 @@ def test_a_loader_of_ones_own_whose_rows_never_fit_ends(tmp_path: Path) -> None:
     assert faults.raised < 10
 
 
-def test_a_parameter_of_the_trainer_itself_is_put_back(tmp_path: Path) -> None:
-    class Uncertain(MBPTrainer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.log_variance = nn.Parameter(torch.zeros((), dtype=torch.float64))
+class Uncertain(MBPTrainer):
+    """Weighs its loss by a parameter of its own."""
 
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            return super().compute_loss(model, inputs, *args, **kwargs) * (-self.log_variance).exp()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.log_variance = nn.Parameter(torch.zeros((), dtype=torch.float64))
 
+    @property
+    def own(self) -> nn.Parameter:
+        return self.log_variance
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, inputs, *args, **kwargs) * (-self.own).exp()
+
+
+class UncertainByAList(Uncertain):
+    """Only the optimizer knows of the parameter."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.parts = [self.log_variance]
+        del self.log_variance
+
+    @property
+    def own(self) -> nn.Parameter:
+        return self.parts[0]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer.add_param_group({"params": self.parts})
+        return optimizer
+
+
+@pytest.mark.parametrize("trainer_class", [Uncertain, UncertainByAList])
+def test_a_parameter_of_the_trainer_itself_is_put_back(trainer_class: Any, tmp_path: Path) -> None:
     gradients = []
     for passes in (set(), {2}):
         model = classifier()
         faults = Faults(model.classifier, "backward", passes)
-        trainer = trained(model, tmp_path, faults, trainer_class=Uncertain)
+        trainer = trained(model, tmp_path, faults, trainer_class=trainer_class)
         assert faults.raised == len(passes)
-        gradients.append(float(trainer.log_variance.grad))
+        gradients.append(float(trainer.own.grad))
     assert gradients[0] == pytest.approx(gradients[1], rel=1e-9)
 
 
@@ -541,7 +847,8 @@ def test_states_that_never_fit_are_explained(tmp_path: Path, monkeypatch: pytest
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(MemoryError, match=r"no memory for the states of the optimizer.*optim='adafactor'"):
         trained(model, tmp_path, callbacks=[Watch()], optim="adamw_torch")
-    assert before.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def scaled_step(optimizer: Any, scaler: Any, weight: Any, value: float) -> None:
@@ -589,3 +896,72 @@ def test_a_step_without_room_for_a_copy_is_not_protected() -> None:
     protect_first_step(optimizer, has_room_for=has_room_for)
     assert asked == [12]
     assert "step" not in vars(optimizer)
+
+
+@pytest.mark.parametrize(("foreach", "size"), [(False, 12), (True, 24)])
+def test_there_has_to_be_room_for_what_the_step_takes_too(foreach: bool, size: int) -> None:
+    weight, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(5))
+    weight.grad = torch.ones(3)
+    asked: list[int] = []
+    protect_first_step(torch.optim.AdamW([weight, unused], foreach=foreach), has_room_for=asked.append)
+    assert asked == [size]
+
+
+class Counts(torch.optim.Optimizer):
+    """Keeps its count of steps among the options, as schedule-free optimizers do, and fails when told to, halfway."""
+
+    def __init__(self, parameters: Any, errors: list[Exception]) -> None:
+        super().__init__(parameters, {"k": 0, "foreach": None})
+        self.errors, self.foreach = errors, []
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["k"] += 1
+            self.foreach.append(group["foreach"])
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.state[parameter]["seen"] = True
+                    parameter.data -= parameter.grad
+                if self.errors:
+                    raise self.errors.pop()
+
+
+def counts(*errors: Exception, protected: bool = True) -> tuple[Counts, list[nn.Parameter]]:
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    for parameter in parameters[:2]:
+        parameter.grad = torch.full((2,), 0.25)
+    optimizer = Counts([{"params": parameters[:2]}, {"params": parameters[2:]}], list(errors))
+    if protected:
+        protect_first_step(optimizer, has_room_for=lambda size: True)
+    return optimizer, parameters
+
+
+def test_options_that_the_step_changes_are_put_back_with_the_parameters() -> None:
+    optimizer, parameters = counts(torch.OutOfMemoryError(MESSAGE))
+    optimizer.step()
+    assert [parameter.tolist() for parameter in parameters] == [[0.75] * 2, [0.75] * 2, [1.0] * 2]
+    assert [group["k"] for group in optimizer.param_groups] == [1, 1]
+    assert optimizer.foreach == [None, False, False], "then one parameter after the other"
+    assert [group["foreach"] for group in optimizer.param_groups] == [None, None]
+
+
+def test_steps_after_the_first_are_not_protected() -> None:
+    optimizer, _ = counts(protected=False)
+    optimizer.step()
+    protect_first_step(optimizer, has_room_for=lambda size: True)
+    assert "step" not in vars(optimizer)
+
+
+def test_other_errors_of_the_first_step_pass() -> None:
+    optimizer, _ = counts(ValueError("another"))
+    with pytest.raises(ValueError, match="another"):
+        optimizer.step()
+    assert optimizer.foreach == [None]
+
+
+def test_without_memory_for_copies_the_step_is_as_it_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, _ = counts(torch.OutOfMemoryError(MESSAGE))
+    monkeypatch.setattr("hf_mbp.first_step.unless_out_of_memory", lambda run: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    assert optimizer.foreach == [None]

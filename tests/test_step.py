@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -312,11 +313,12 @@ def test_ranks_run_equally_many_and_their_weights_sum_to_the_ranks(items: list[l
 
 
 def test_fillers_count_nothing_and_have_an_item() -> None:
-    kept = micro_batch(5, name="kept from the step before")
+    kept = replace(micro_batch(5, name="kept from the step before"), weight=0.5, rows=("a row",))
     own, first, second = weigh([micro_batch(4)], FakeRanks([3, 6.0]), filler=kept)
     assert own.weight == pytest.approx(0.4 * 2)
     for filler in (first, second):
         assert (filler.weight, filler.num_rows, filler.num_items, filler.cells, filler.tokens) == (0, 0, 0, 0, 0)
+        assert filler.rows == ()  # by which what is measured of it is left out
         assert filler.inputs["name"] == "kept from the step before"
         assert count_items(filler.inputs, shifts=True) > 0
 
@@ -347,10 +349,15 @@ def test_fillers_whose_loss_is_no_number_are_refused() -> None:
         run_micro_batches(micro_batches, lambda _: torch.tensor(float("nan")))
 
 
+def test_a_loss_that_is_no_number_is_not_taken_for_that_of_a_filler() -> None:
+    """What becomes of a mini-batch whose loss overflows is for the trainer, or the scaler of fp16, to say."""
+    assert not torch.isfinite(run_micro_batches(weigh([micro_batch(4)], ALONE), lambda _: torch.tensor(float("nan"))))
+
+
 # run_micro_batches
 
 
-def recorded_run(count: int) -> tuple[list[str], float]:
+def recorded_run(count: int, **options: bool) -> tuple[list[str], float]:
     log: list[str] = []
 
     @contextmanager
@@ -364,7 +371,7 @@ def recorded_run(count: int) -> tuple[list[str], float]:
         return torch.tensor(2.0 ** int(mb.inputs["name"]))
 
     micro_batches = [micro_batch(1, name=str(index)) for index in range(count)]
-    loss = run_micro_batches(micro_batches, backward, defer_sync=deferred)
+    loss = run_micro_batches(micro_batches, backward, defer_sync=deferred, **options)
     return log, float(loss)
 
 
@@ -374,6 +381,10 @@ def test_synchronisation_is_deferred_for_all_but_the_last() -> None:
 
 def test_a_single_micro_batch_synchronises() -> None:
     assert recorded_run(1) == (["0"], 1)
+
+
+def test_synchronisation_is_deferred_for_the_last_too_where_it_is_made_afterwards() -> None:
+    assert recorded_run(2, syncs_last=False)[0] == ["enter", "0", "leave", "enter", "1", "leave"]
 
 
 def test_losses_of_the_parts_are_left_as_they_were() -> None:

@@ -1,16 +1,21 @@
 """Losses that compare all rows of a mini-batch: the gradient is that of plain PyTorch on the whole of it."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from hf_mbp import EmbedsRows, MBPTrainer, check_equivalence
+from hf_mbp.distributed import Ranks
+from hf_mbp.two_passes import Part, TwoPasses
 from tests.contrastive import SCALE, Contrastive, bert, embedded, in_batch_negatives, pair_rows
 from tests.faults import Faults
 from tests.helpers import Pad, Recorder, mbp_trainer, relative_error, whole_gradients
+from tests.simulated_ranks import World
 
 EXACT = 1e-12
 
@@ -59,7 +64,7 @@ def test_the_same_rows_split_by_their_own_losses_are_not_exact(tmp_path: Path) -
 
 
 def test_the_second_pass_draws_the_dropout_of_the_first(tmp_path: Path) -> None:
-    model = bert(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
+    model = bert(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3).eval()  # as `from_pretrained` returns it
     trainer, _ = trained(model, pair_rows(), tmp_path, check_at_start=False)
     first = [embedding for has_graph, embedding in trainer.seen if not has_graph]
     second = [embedding for has_graph, embedding in trainer.seen if has_graph]
@@ -159,6 +164,102 @@ def test_gradients_of_half_precision_are_taken_in_float32(tmp_path: Path) -> Non
     trainer, recorder = trained(model, rows, tmp_path)
     assert trainer.seen[-1][1].dtype == torch.bfloat16
     assert relative_error(gradients, recorder.gradients[0]) < 0.05
+
+
+class Scaled:
+    """As much of a trainer as the passes ask for, whose losses a scaler of fp16 multiplies."""
+
+    def __init__(self, scale: float) -> None:
+        self.args = SimpleNamespace(device=torch.device("cpu"))
+        self.accelerator = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: scale))
+        self.compute_loss_context_manager = nullcontext
+        self._prepare_inputs = dict
+        self.sharpness = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def embed_rows(self, model: Any, inputs: Any) -> Any:
+        return {"rows": model(inputs["rows"]), "classes": inputs["rows"].argmax(dim=1)}
+
+    def loss_of_embeddings(self, embeddings: Any) -> torch.Tensor:
+        similar = embeddings["rows"] @ embeddings["rows"].T * self.sharpness
+        return torch.nn.functional.cross_entropy(similar, embeddings["classes"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_gradients_are_scaled_once_and_fillers_add_nothing(scale: float) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(5, 3, dtype=torch.float64)
+    model, trainer = torch.nn.Linear(3, 2).double(), Scaled(scale)
+    parameters = [*model.parameters(), trainer.sharpness]
+    loss = trainer.loss_of_embeddings(trainer.embed_rows(model, {"rows": rows}))
+    expected = torch.autograd.grad(loss, parameters)
+
+    groups = [rows[:2], rows[:1], rows[2:]]
+    parts = [
+        Part(key=object(), inputs={"rows": x}, share=share) for x, share in zip(groups, (0.4, 0, 0.6), strict=True)
+    ]
+    passes = TwoPasses(trainer)
+    passes.first(model, parts)
+    for part in parts:
+        with passes.second(part.key):
+            value = passes.compute_loss(model, part.inputs)
+        assert float(value.detach()) == pytest.approx(float(loss.detach()) if part.share else 0)
+        (value * part.share * scale).backward()
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad / scale, gradient)
+
+
+def test_what_was_no_part_of_the_first_pass_adds_nothing() -> None:
+    """As what a rank runs only to keep in step with the others; nor does what was part of one before."""
+    model, trainer, rows = torch.nn.Linear(3, 2).double(), Scaled(1.0), torch.eye(2, 3).double()
+    before, now = (Part(key=object(), inputs={"rows": rows}, share=1.0) for _ in range(2))
+    passes = TwoPasses(trainer)
+    for part in (before, now):
+        passes.first(model, [part])
+    trainer.sharpness.grad = None
+    for key in (object(), before.key):
+        with passes.second(key):
+            passes.compute_loss(model, {"rows": rows}).backward()
+    assert all(not bool(parameter.grad.any()) for parameter in model.parameters())
+    assert trainer.sharpness.grad is None
+
+
+def test_embeddings_in_half_precision_are_compared_in_float32() -> None:
+    class Looks(Scaled):
+        def loss_of_embeddings(self, embeddings: Any) -> torch.Tensor:
+            self.seen = {name: value.dtype for name, value in embeddings.items()}
+            return super().loss_of_embeddings(embeddings)
+
+    trainer = Looks(1.0)
+    part = Part(key=object(), inputs={"rows": torch.eye(2, 3).bfloat16()}, share=1.0)
+    TwoPasses(trainer).first(torch.nn.Linear(3, 2).bfloat16(), [part])
+    assert trainer.seen == {"rows": torch.float32, "classes": torch.int64}
+
+
+def ranks_of(world: World, index: int) -> Ranks:
+    accelerator: Any = SimpleNamespace(
+        num_processes=world.count,
+        process_index=index,
+        device=torch.device("cpu"),
+        gather=lambda tensor: torch.cat(world.exchange(index, tensor)),
+    )
+    return Ranks(accelerator)
+
+
+def test_rows_of_all_ranks_come_in_their_order_and_only_own_ones_have_a_gradient() -> None:
+    world, counts = World(3), [2, 0, 1]
+
+    def on_rank(index: int) -> tuple[list[float], bool]:
+        own = torch.full((counts[index], 2), float(index), requires_grad=True)
+        rows = ranks_of(world, index).gather_rows(own, counts)
+        (rows.sum() + own.sum() * 0).backward()
+        return rows[:, 0].tolist(), bool((own.grad == 1).all())
+
+    assert world.run(on_rank) == [([0.0, 0.0, 2.0], True)] * 3
+
+
+def test_ranks_tell_each_other_large_counts_exactly() -> None:
+    world, many = World(2), 2**40 + 1
+    assert world.run(lambda index: ranks_of(world, index).gather(many + index)) == [[[many], [many + 1]]] * 2
 
 
 class OnlyEmbeds(MBPTrainer):
