@@ -353,6 +353,27 @@ def test_a_step_that_a_callback_stopped_is_not_counted(tmp_path: Path) -> None:
     }
 
 
+class StopAfterTheFirstPass(TrainerCallback):
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+
+def test_rows_that_one_run_left_over_do_not_enter_the_next(tmp_path: Path) -> None:
+    """A stream that ends inside a step leaves rows that wait for the next step of the same run."""
+    rows = class_rows()[:15]
+    trainer = mbp_trainer(
+        classifier(),
+        Stream(rows),
+        tmp_path,
+        per_device_train_batch_size=5,
+        gradient_accumulation_steps=2,
+        max_steps=5,
+        callbacks=[StopAfterTheFirstPass()],
+    )
+    for _ in range(2):
+        assert trainer.train().metrics["mbp_tokens"] == sum(len(row["input_ids"]) for row in rows[:10])
+
+
 def test_log_keys(tmp_path: Path) -> None:
     recorder = Recorder()
     trainer = mbp_trainer(classifier(), class_rows(), tmp_path, max_steps=2, callbacks=[recorder])
