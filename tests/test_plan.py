@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hf_mbp import plan_micro_batches
 from hf_mbp.orders import orders_of
-from hf_mbp.plan import Budget, Cost, as_sizes, plan_rows, round_up
+from hf_mbp.plan import Budget, Cost, Layout, as_sizes, plan_rows, round_up
 from tests.examples import examples
 
 quick = examples(60)
@@ -434,3 +434,25 @@ def test_rounding_up_to_a_multiple(lengths: list[int], multiple: int | None) -> 
     rounded = round_up(np.array(lengths, dtype=np.int64), multiple).tolist()
     step = multiple or 1
     assert rounded == [next(n for n in range(length, length + step) if n % step == 0) for length in lengths]
+
+
+# How rows lie in memory
+
+
+@pytest.mark.parametrize(
+    ("layout", "cells", "shape"),
+    [
+        (Layout.PADDED, 3 * 9, (3, 9)),
+        (Layout.SEGMENTS, 9 + 4 + 2, (3, 5)),
+        (Layout.ONE_ROW, 9 + 4 + 2, (1, 15)),
+    ],
+)
+def test_rows_end_to_end_take_their_tokens_and_padded_ones_the_longest(
+    layout: Layout, cells: int, shape: tuple[int, int]
+) -> None:
+    assert layout.cells(as_sizes([9, 4, 2])) == cells
+    assert layout.shape(3, cells) == shape
+
+
+def test_parts_are_padded_each_to_its_longest() -> None:
+    assert Layout.PADDED.cells(as_sizes([(9, 1), (4, 6)])) == 2 * (9 + 6)
