@@ -371,12 +371,16 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def forget_evaluation(trainer: Any) -> None:
-    """Lets training wrap a model that was evaluated before it in `DistributedDataParallel`.
+    """Lets training prepare a model that was evaluated before it.
 
     `Trainer.evaluate` prepares the bare model (`prepare_model(evaluation_mode=True)`), which marks it as prepared, and
-    `prepare` then returns it as it is: every rank would train by itself, on its own rows (accelerate 1.15).
+    `prepare` then returns it as it is, without `DistributedDataParallel`: every rank would train by itself, on its own
+    rows (accelerate 1.15). Under DeepSpeed it makes an engine without an optimizer, and training would keep that.
     """
     accelerator, model = trainer.accelerator, trainer.model
+    if accelerator.distributed_type.value == "DEEPSPEED":
+        trainer.model_wrapped, trainer.deepspeed = model, None
+        return
     is_replicated = accelerator.distributed_type.value.startswith("MULTI_")
     is_wrapped = isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
     if is_replicated and not is_wrapped and vars(model).pop("_is_accelerate_prepared", False):

@@ -27,6 +27,7 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 
 from hf_mbp.cli.finetune import main
 from tests.cli.conftest import review, word_tokenizer
+from tests.distributed.reference import DEEPSPEED
 from tests.helpers import build
 
 ROOT = Path(__file__).parents[1]
@@ -211,19 +212,22 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def launch(launchers: list[list[str]], recipe: Path, run: Path) -> dict[str, Any]:
+def launch(
+    launchers: list[list[str]], recipe: Path, run: Path, *, command: str = "scripts/finetune.py", **environment: str
+) -> dict[str, Any]:
     """Runs the recipe by launchers that run at the same time; the results, or a failure if they hang."""
     cache = {"HF_HOME": str(run / "cache"), "HF_HUB_OFFLINE": "1"}
-    environment = {**os.environ, **cache, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    script = [str(ROOT / "scripts" / "finetune.py"), str(recipe), "--output_dir", str(run / "out"), "--use_cpu", "true"]
+    on_cpus = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **cache, **on_cpus, **environment}
+    script = [str(ROOT / command), str(recipe), "--output_dir", str(run / "out"), "--use_cpu", "true"]
     run.mkdir()
     processes: list[Any] = []
     for number, options in enumerate(launchers):
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options, *script]
+        line = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options, *script]
         with (run / f"errors{number}").open("w") as errors:
             processes.append(
                 subprocess.Popen(  # noqa: S603
-                    [*command, "--per_device_train_batch_size", str(16 // 2)], env=environment, cwd=ROOT, stderr=errors
+                    [*line, "--per_device_train_batch_size", str(16 // 2)], env=environment, cwd=ROOT, stderr=errors
                 )
             )
     wait(processes)
@@ -275,3 +279,12 @@ def test_several_machines_run(recipe: Path, one_process: dict[str, Any], tmp_pat
     options += ["--main_process_port", str(free_port()), "--num_processes", "2", "--machine_rank"]
     results = launch([[*options, "0"], [*options, "1"]], recipe, tmp_path / "run")
     assert_same_results(one_process, results)
+
+
+@pytest.mark.skipif(not DEEPSPEED.is_dir(), reason="DeepSpeed is not installed; scripts/test.sh does that")
+def test_deepspeed_runs(recipe: Path, one_process: dict[str, Any], tmp_path: Path) -> None:
+    """The model is spread while it is loaded, evaluated, trained and evaluated again."""
+    options = ["--config_file", "recipes/accelerate/deepspeed_zero3.yaml", "--num_processes", "2"]
+    environment = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), str(DEEPSPEED)])}
+    command = "tests/distributed/deepspeed_command.py"
+    assert_same_results(one_process, launch([options], recipe, tmp_path / "run", command=command, **environment))

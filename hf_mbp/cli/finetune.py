@@ -155,12 +155,21 @@ def _evaluate_before(trainer: MBPMixin, recipe: Recipe, folder: Path, checkpoint
     if not recipe.run.eval_before_training:
         return {}
     if checkpoint is None:
-        return _evaluate(trainer, "eval_before")
+        if _evaluates_before_training(trainer):
+            return _evaluate(trainer, "eval_before")
+        say("not evaluated before training: under DeepSpeed that needs ZeRO-3")
+        return {}
     # The untrained model was evaluated when the run began, maybe in another folder.
     before = _saved(checkpoint.parent / BEFORE_RESULTS)
     if before and not is_of_run(checkpoint, folder):
         trainer.save_metrics("eval_before", before)
     return before
+
+
+def _evaluates_before_training(trainer: MBPMixin) -> bool:
+    """Whether Trainer can evaluate a model that was not trained; of DeepSpeed it wants ZeRO-3 then."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return plugin is None or int(plugin.zero_stage) == 3
 
 
 def _saved(file: Path) -> Metrics:

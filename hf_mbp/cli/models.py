@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoImageProcessor,
-    AutoModel,
     AutoTokenizer,
     GgufConfig,
     PreTrainedConfig,
@@ -52,18 +52,22 @@ def load_tokenizer(arguments: ModelArguments, config: PreTrainedConfig) -> PreTr
         say(f"the tokenizer has no padding token; {tokenizer.eos_token!r} pads")
     positions = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
     if positions < _NO_LIMIT and positions <= tokenizer.model_max_length:  # else the tokenizer knows of fewer
-        positions = _places(config, positions, arguments)
+        positions = _places(config, positions)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
 
 
-def _places(config: PreTrainedConfig, stated: int, arguments: ModelArguments) -> int:
-    """How many tokens the positions are for, of which the configuration has stated the number; some are for padding."""
+def _places(config: PreTrainedConfig, stated: int) -> int:
+    """How many tokens the positions are for, of which the configuration has stated the number; some are for padding.
+
+    It is made by its class, and not by `AutoModel`, which under ZeRO-3 spreads it over all processes, and of these
+    only one is here.
+    """
+    classes = MODEL_MAPPING.get(type(config), None)
+    if classes is None:  # nobody knows better than the configuration
+        return stated
     with torch.device("meta"):
-        try:
-            model = AutoModel.from_config(copy.deepcopy(config), trust_remote_code=arguments.trust_remote_code)
-        except ValueError:  # AutoModel knows no class for it, and so nobody knows better than the configuration
-            return stated
+        model = (classes[0] if isinstance(classes, (list, tuple)) else classes)(copy.deepcopy(config))
     return min((places for _, size, places in tables_of_positions(model) if size == stated), default=stated)
 
 

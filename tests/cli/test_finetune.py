@@ -7,12 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_mbp.cli.finetune import main
+from hf_mbp.cli.finetune import _evaluates_before_training, main
 
 ROOT = Path(__file__).parents[2]
 
@@ -220,3 +221,10 @@ def test_two_processes(recipe: Callable[..., Path], tmp_path: Path) -> None:
     for key in ("eval_before_loss", "eval_before_accuracy"):
         assert results[key] == pytest.approx(expected[key], rel=1e-5)
     assert results["mbp_tokens"] == expected["mbp_tokens"]
+
+
+@pytest.mark.parametrize(("stage", "evaluates"), [(None, True), (3, True), (2, False), (0, False)])
+def test_what_trainer_refuses_to_evaluate_before_training_is_not_evaluated(stage: int | None, evaluates: bool) -> None:
+    plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+    trainer: Any = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+    assert _evaluates_before_training(trainer) is evaluates
