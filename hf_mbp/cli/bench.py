@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_mbp.byte_sizes import format_bytes
 from hf_mbp.cli.command import run_command
-from hf_mbp.cli.errors import EXIT_CODE, RunFailedError, UserError, say, shows_traceback, user_errors
+from hf_mbp.cli.errors import MISTAKE, RunFailedError, UserError, say, shows_traceback, user_errors
 from hf_mbp.cli.finetune import build_trainer
 from hf_mbp.cli.recipe import Recipe, read_recipe
 from hf_mbp.cli.training_arguments import TrainArguments
@@ -138,7 +138,7 @@ def _in_own_process(name: str, argv: Sequence[str]) -> Result:
     reason = told[-1].removeprefix("error: ") if told else f"ended with exit code {done.returncode}"
     if shows_traceback(argv):
         print(done.stderr, file=sys.stderr)
-    kind = UserError if done.returncode == EXIT_CODE else RunFailedError
+    kind = UserError if done.returncode == MISTAKE else RunFailedError
     raise kind(f"{name}: {reason}")
 
 

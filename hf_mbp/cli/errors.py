@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-EXIT_CODE = 2
+MISTAKE = 2
 """After a user's mistake."""
 
 FAILED = 1
@@ -105,7 +105,7 @@ def run_reporting_errors(command: Callable[[], int | None], argv: Sequence[str])
             traceback.print_exc()
         if _speaks_for_its_machine():
             tell_error(f"{error}{_which_process()}")
-        return EXIT_CODE
+        return MISTAKE
     except RunFailedError as error:
         tell_error(str(error))
         return FAILED

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping
 
 from hf_mbp.cli.arguments import DataArguments, ModelArguments, RunArguments
-from hf_mbp.cli.errors import EXIT_CODE, FAILED
+from hf_mbp.cli.errors import FAILED, MISTAKE
 from hf_mbp.cli.heads import HEADS, USUAL_WIDTH
 from hf_mbp.config import MBPConfig
 
@@ -43,7 +43,7 @@ wasted on padding, and the predicted memory. Needs neither the weights of the mo
   hf-mbp plan recipes/text_classification/spam.yaml
   hf-mbp plan my.yaml --device cuda --memory_limit 24GiB --bf16
 
-The exit code is {EXIT_CODE} after a mistake in the recipe or the options.
+The exit code is {MISTAKE} after a mistake in the recipe or the options.
 
 plan
   --steps                   steps to draw [3]
@@ -59,7 +59,7 @@ and say why if they do not. The recipe is one that hf-mbp train runs; nothing is
   hf-mbp check recipes/text_classification/spam.yaml
   hf-mbp check my.yaml --num_rows 16 --dtype bfloat16
 
-The exit code is 0 if it is exact, {FAILED} if it is not or the check failed, {EXIT_CODE} after a mistake of the
+The exit code is 0 if it is exact, {FAILED} if it is not or the check failed, {MISTAKE} after a mistake of the
 user's: in the recipe, the options or the data.
 
 check

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from hf_mbp import __version__
-from hf_mbp.cli.errors import EXIT_CODE, say, tell_error
+from hf_mbp.cli.errors import MISTAKE, say, tell_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in (*HELP_WORDS, "help"):
         print(_help())
-        return 0 if argv else EXIT_CODE
+        return 0 if argv else MISTAKE
     if argv[0] == "--version":
         print(f"hf-mbp {__version__}")
         return 0
     if argv[0] not in COMMANDS:
         tell_error(_unknown(argv[0]))
-        return EXIT_CODE
+        return MISTAKE
     name, words = argv[0], argv[1:]
     # Only now, and only if no help is wanted: the modules of the commands import torch and transformers.
     if any(word in HELP_WORDS for word in words):

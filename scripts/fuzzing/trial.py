@@ -17,7 +17,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState, PartialState
 
-from hf_mbp.cli.errors import EXIT_CODE
+from hf_mbp.cli.errors import MISTAKE
 
 Run = Callable[[], "int | None"]
 
@@ -149,7 +149,7 @@ class Bench:
         if code == 0:
             return Ending.ACCEPTED
         is_asked = any(word.startswith(("--debug_traceback", "--debug-traceback")) for word in tried.argv)
-        if code != EXIT_CODE or ("Traceback (most recent call last)" in said and not is_asked):
+        if code != MISTAKE or ("Traceback (most recent call last)" in said and not is_asked):
             return Ending.TRACEBACK
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
         return Ending.REFUSED if len(errors) == 1 and self.is_clear(errors[0], tried) else Ending.UNCLEAR
