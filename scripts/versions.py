@@ -33,6 +33,7 @@ CORE = (
     "tests/test_cuts.py",
     "tests/test_equivalence.py",
     "tests/test_evaluation.py",
+    "tests/test_first_step.py",
     "tests/test_layers.py",
     "tests/test_loop.py",
     "tests/test_losses.py",

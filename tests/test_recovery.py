@@ -12,12 +12,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import BertForSequenceClassification, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaForCausalLM
 
 from hf_mbp import MBPTrainer, other_trainers
 from hf_mbp.accumulation import Float32Sums
 from hf_mbp.compat import can_checkpoint
-from hf_mbp.first_step import protect_first_step
 from hf_mbp.recovery import MOST_TIMES, SMALL_BUFFER, Before, ChangingBuffers, Fault, Guard, Recovery, _counted
 from hf_mbp.run_budget import RunBudget
 from hf_mbp.step import MicroBatch
@@ -25,7 +24,6 @@ from tests.faults import MESSAGE, Faults
 from tests.helpers import (
     Pad,
     Recorder,
-    bert_config,
     build,
     llama_config,
     masked_prefix,
@@ -35,14 +33,7 @@ from tests.helpers import (
     whole_gradients,
     with_labels,
 )
-
-ROWS = with_labels(token_rows(16), lambda index, row: index % 3)
-
-
-def classifier(*, dropout: float = 0.0, **changes: Any) -> Any:
-    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    return build(BertForSequenceClassification, bert_config(num_labels=3, **rates, **changes))
-
+from tests.recovery_runs import ROWS, classifier, retries, trained
 
 LAYERS = {
     "embeddings": lambda model: model.bert.embeddings,
@@ -50,31 +41,6 @@ LAYERS = {
     "last layer": lambda model: model.bert.encoder.layer[1],
     "head": lambda model: model.classifier,
 }
-
-
-def trained(model: Any, folder: Path, faults: Faults | None = None, **changes: Any) -> Any:
-    """The trainer after its steps; gradients and logs are in `trainer.recorder`."""
-    recorder = Recorder()
-    trainer = mbp_trainer(
-        model,
-        ROWS,
-        folder,
-        **{
-            "check_at_start": False,
-            "logging_steps": 1,
-            "callbacks": [recorder, *changes.pop("callbacks", [])],
-            **changes,
-        },
-    )
-    trainer.recorder = recorder
-    if faults is not None:
-        faults.install(model)
-    trainer.train()
-    return trainer
-
-
-def retries(trainer: Any) -> float:
-    return sum(log["mbp_oom_retries"] for log in trainer.recorder.logs)
 
 
 # The update
@@ -800,168 +766,3 @@ def test_a_model_without_checkpointing_says_so(tmp_path: Path) -> None:
     faults = Faults(model.embedding, "forward", set(range(100)))
     with pytest.raises(MemoryError, match=r"the model has no activation checkpointing"):
         trained(model, tmp_path, faults)
-
-
-# The first step of the optimizer
-
-
-@pytest.mark.parametrize("failing", range(0, 30, 3))
-def test_the_first_step_of_the_optimizer_starts_again(
-    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two groups of parameters: when the states of the second fail, the first has been stepped already."""
-    options = {"optim": "adamw_torch", "weight_decay": 0.1, "max_steps": 3}
-    expected = trained(classifier(), tmp_path, **options)
-    calls, real = [0], torch.zeros_like
-    inside = [False]
-
-    def zeros_like(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += inside[0]
-        if inside[0] and calls[0] == failing + 1:
-            raise torch.OutOfMemoryError(MESSAGE)
-        return real(*args, **kwargs)
-
-    class Watch(TrainerCallback):
-        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            inside[0] = True
-
-        def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            inside[0] = False
-
-    monkeypatch.setattr(torch, "zeros_like", zeros_like)
-    trainer = trained(classifier(), tmp_path, callbacks=[Watch()], **options)
-    assert calls[0] > 30  # the states were made after all, and the fault came
-    for name, value in expected.model.state_dict().items():
-        torch.testing.assert_close(trainer.model.state_dict()[name], value, rtol=0, atol=1e-9, msg=name)
-
-
-def test_states_that_never_fit_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        raise torch.OutOfMemoryError(MESSAGE)
-
-    class Watch(TrainerCallback):
-        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            monkeypatch.setattr(torch, "zeros_like", fail)
-
-    model = classifier()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(MemoryError, match=r"no memory for the states of the optimizer.*optim='adafactor'"):
-        trained(model, tmp_path, callbacks=[Watch()], optim="adamw_torch")
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
-
-
-def scaled_step(optimizer: Any, scaler: Any, weight: Any, value: float) -> None:
-    scaler.scale(weight.sum() * value).backward()
-    scaler.step(optimizer)
-    scaler.update()
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_the_first_step_with_a_gradient_scaler(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The states of fused AdamW cannot be made at first; the scaler goes on relying on what the optimizer is."""
-    outcomes = []
-    for fails in (False, True):
-        weight = nn.Parameter(torch.ones(3))
-        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
-        scaler = torch.amp.GradScaler("cpu")
-        protect_first_step(optimizer, has_room_for=lambda size: True)
-        calls, real = [], torch.zeros_like
-
-        def zeros_like(*args: Any, calls: Any = calls, real: Any = real, fails: bool = fails, **kwargs: Any) -> Any:
-            calls.append(1)
-            if fails and len(calls) == 1:
-                raise torch.OutOfMemoryError(MESSAGE)
-            return real(*args, **kwargs)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(torch, "zeros_like", zeros_like)
-            scaled_step(optimizer, scaler, weight, 1.0)
-        assert len(calls) > fails
-        outcomes.append(weight.detach().clone())
-    assert torch.equal(*outcomes)
-    assert not torch.equal(outcomes[0], torch.ones(3))
-
-
-def test_a_step_without_room_for_a_copy_is_not_protected() -> None:
-    weight = nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight])
-    asked: list[int] = []
-
-    def has_room_for(size: int) -> bool:
-        asked.append(size)
-        return False
-
-    weight.grad = torch.ones(3)
-    protect_first_step(optimizer, has_room_for=has_room_for)
-    assert asked == [12]
-    assert "step" not in vars(optimizer)
-
-
-@pytest.mark.parametrize(("foreach", "size"), [(False, 12), (True, 24)])
-def test_there_has_to_be_room_for_what_the_step_takes_too(foreach: bool, size: int) -> None:
-    weight, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(5))
-    weight.grad = torch.ones(3)
-    asked: list[int] = []
-    protect_first_step(torch.optim.AdamW([weight, unused], foreach=foreach), has_room_for=asked.append)
-    assert asked == [size]
-
-
-class Counts(torch.optim.Optimizer):
-    """Keeps its count of steps among the options, as schedule-free optimizers do, and fails when told to, halfway."""
-
-    def __init__(self, parameters: Any, errors: list[Exception]) -> None:
-        super().__init__(parameters, {"k": 0, "foreach": None})
-        self.errors, self.foreach = errors, []
-
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            group["k"] += 1
-            self.foreach.append(group["foreach"])
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.state[parameter]["seen"] = True
-                    parameter.data -= parameter.grad
-                if self.errors:
-                    raise self.errors.pop()
-
-
-def counts(*errors: Exception, protected: bool = True) -> tuple[Counts, list[nn.Parameter]]:
-    parameters = [nn.Parameter(torch.ones(2)) for _ in range(3)]
-    for parameter in parameters[:2]:
-        parameter.grad = torch.full((2,), 0.25)
-    optimizer = Counts([{"params": parameters[:2]}, {"params": parameters[2:]}], list(errors))
-    if protected:
-        protect_first_step(optimizer, has_room_for=lambda size: True)
-    return optimizer, parameters
-
-
-def test_options_that_the_step_changes_are_put_back_with_the_parameters() -> None:
-    optimizer, parameters = counts(torch.OutOfMemoryError(MESSAGE))
-    optimizer.step()
-    assert [parameter.tolist() for parameter in parameters] == [[0.75] * 2, [0.75] * 2, [1.0] * 2]
-    assert [group["k"] for group in optimizer.param_groups] == [1, 1]
-    assert optimizer.foreach == [None, False, False], "then one parameter after the other"
-    assert [group["foreach"] for group in optimizer.param_groups] == [None, None]
-
-
-def test_steps_after_the_first_are_not_protected() -> None:
-    optimizer, _ = counts(protected=False)
-    optimizer.step()
-    protect_first_step(optimizer, has_room_for=lambda size: True)
-    assert "step" not in vars(optimizer)
-
-
-def test_other_errors_of_the_first_step_pass() -> None:
-    optimizer, _ = counts(ValueError("another"))
-    with pytest.raises(ValueError, match="another"):
-        optimizer.step()
-    assert optimizer.foreach == [None]
-
-
-def test_without_memory_for_copies_the_step_is_as_it_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer, _ = counts(torch.OutOfMemoryError(MESSAGE))
-    monkeypatch.setattr("hf_mbp.first_step.unless_out_of_memory", lambda run: None)
-    with pytest.raises(torch.OutOfMemoryError):
-        optimizer.step()
-    assert optimizer.foreach == [None]
