@@ -1,25 +1,24 @@
 """Feeds a trainer: turns the batches of an optimizer step into micro-batches, knowing its model, data and options."""
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from hf_mbp import collate, compat, loaders, other_trainers, wrapped
 from hf_mbp.accumulation import half_precision
-from hf_mbp.arrays import Ints
 from hf_mbp.balance import deal
 from hf_mbp.collate import Batch, Inputs, Rows
 from hf_mbp.distributed import Ranks
 from hf_mbp.layout_choice import choose_layout
-from hf_mbp.plan import Budget, Cost, too_long_message
+from hf_mbp.look_ahead import LookAhead
+from hf_mbp.plan import Budget, too_long_message
+from hf_mbp.pools import Basis, Pool, Pooling, Prepared
 from hf_mbp.probe import modules_of
-from hf_mbp.random_numbers import own_random_numbers, seeded
+from hf_mbp.random_numbers import own_random_numbers
 from hf_mbp.recovery import Fault
 from hf_mbp.report import (
     StepReport,
@@ -30,31 +29,14 @@ from hf_mbp.report import (
     retry_line,
     start_line,
 )
-from hf_mbp.row_reader import RowReader, need_one_width
+from hf_mbp.row_reader import RowReader
 from hf_mbp.run_budget import RunBudget
 from hf_mbp.run_cost import RunCost
 from hf_mbp.sizing import cost_of
 from hf_mbp.start_check import CHECKED_ROWS, FEWEST_COMPARED, StartCheck
-from hf_mbp.step import MicroBatch, RowFunctions, as_filler, split_mini_batch, weigh
+from hf_mbp.step import MicroBatch, weigh
 from hf_mbp.too_large import too_large_error
-from hf_mbp.undisturbed import remembered_collator, untouched
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pool:
-    """Rows that are planned together.
-
-    `sizes` are theirs, `[rows, parts]`, and `batch_sizes` those of the batches they were read in, to compare with.
-    """
-
-    rows: list[Any]
-    sizes: Ints
-    batch_sizes: list[Ints]
-
-    @property
-    def is_borrowed(self) -> bool:
-        """Whether this rank had no rows to read, and has to take part with one that adds nothing."""
-        return not self.batch_sizes
+from hf_mbp.undisturbed import CollatorState, untouched
 
 
 class Feed:
@@ -68,12 +50,14 @@ class Feed:
         self.budget = RunBudget(trainer, ranks, self._tell)
         self.cost = RunCost(trainer, ranks, self._tell)
         self.check = StartCheck(trainer, ranks)
+        self._pooling = Pooling(trainer, rows, ranks)
+        self.look_ahead = LookAhead(trainer, self._pooling)
         self._filler: MicroBatch | None = None
         self._left_over: list[Any] = []
-        self._spare: list[Any] = []
         self._pools_of_step: list[Pool] = []
+        self._prepared: Prepared | None = None
         self._ready_made: list[Inputs] = []
-        self._put_back_collator: Callable[[], None] = remembered_collator(None)
+        self._collator = CollatorState()
         self._has_told: set[str] = set()
         self._balance_note: str | None = None
         self._is_balanced = False
@@ -84,7 +68,9 @@ class Feed:
         self.budget.forget()
         self.cost.forget()
         self._filler = None
-        self._left_over, self._spare = [], []
+        self._left_over = []
+        self._pooling.restart()
+        self.look_ahead.restart()
         self.check.restart()
         self.rows.restart()
         self.is_compiled = wrapped.compiles(self.trainer.accelerator, self.trainer.model)
@@ -135,11 +121,22 @@ class Feed:
     def micro_batches(self, batches: list[Any]) -> list[MicroBatch]:
         """The weighed micro-batches of an optimizer step, from what its data loader returned."""
         is_deferred = all(isinstance(batch, Batch) for batch in batches)
-        self._put_back_collator = remembered_collator(self.trainer.data_collator)
+        self._collator = CollatorState(self.trainer.data_collator)
         self._ready_made = [] if is_deferred else [_inputs(batch) for batch in batches if not isinstance(batch, Batch)]
-        self._pools_of_step = self._pools([batch.unpack() for batch in batches]) if is_deferred else []
+        self._prepared = self.look_ahead.take(batches)
+        self._pools_of_step = self._pools(batches) if is_deferred else []
         with wrapped.eagerly(self.is_compiled):  # or what is tried on the side would use up dynamo's recompilations
             return self._weighed(self._first_plan() if is_deferred else self._as_they_are())
+
+    def _pools(self, batches: list[Any]) -> list[Pool]:
+        return self._pooling.pools(batches) if self._prepared is None else self._prepared.pools
+
+    def prepare_next(self) -> None:
+        """What can be done for the next step before this one is over; not before budget and cost are settled."""
+        budget = self.budget.settled
+        if self._pools_of_step and budget is not None and self.cost.is_final:
+            with wrapped.eagerly(self.is_compiled):
+                self.look_ahead.prepare(budget, self.cost.of_step())
 
     def plan_again(self, faults: list[Fault]) -> list[MicroBatch]:
         """The weighed micro-batches of the same step, after memory ran out.
@@ -152,7 +149,7 @@ class Feed:
         for fault in faults:
             self._make_room(fault)
         self.report.retry()
-        self._put_back_collator()
+        self._collator.put_back()
         with wrapped.eagerly(self.is_compiled):
             micro_batches = self._plan() if self._pools_of_step else self._as_they_are()
             self._tell(retry_line(self.trainer.state.global_step + 1, faults, micro_batches))
@@ -189,13 +186,13 @@ class Feed:
     def _first_plan(self) -> list[MicroBatch]:
         """The plan of a step, and before the first one what has to be found out for it, and said about it."""
         pools = self._pools_of_step
-        largest = max(pools, key=lambda pool: _longest(pool.sizes))
+        largest = max(pools, key=lambda pool: pool.longest)
         is_first_step = not self.cost.is_settled
         if is_first_step and wrapped.is_sharded(self.trainer):
             self.rows.find_out_together(pools[0].rows)
         layout_note = self._choose_layout(self._enough_to_check(largest)) if is_first_step else ""
         budget = self.budget.settle(largest.rows, largest.sizes)
-        max_tokens = self._warn_of_long_rows(budget, _longest(largest.sizes))
+        max_tokens = self._warn_of_long_rows(budget, largest.longest)
         due = [self._enough_to_check(pool) for pool in pools if self.check.is_due(pool.rows[0])]
         checks = [self.check.run(pool.rows, pool.sizes, budget) for pool in due]
         micro_batches = self._plan()
@@ -223,13 +220,14 @@ class Feed:
 
     def _plan(self) -> list[MicroBatch]:
         """The rows of the step in micro-batches, within the budget that is now."""
-        pools, args = self._pools_of_step, self.trainer.args
-        largest = max(pools, key=lambda pool: _longest(pool.sizes))
-        budget, cost = self.budget.settle(largest.rows, largest.sizes), self.cost.of_step()
-        with seeded(args.seed, self.trainer.state.global_step, args.process_index):
-            planned = [micro_batch for pool in pools for micro_batch in self._planned(pool, budget, cost)]
+        pools = self._pools_of_step
+        largest = max(pools, key=lambda pool: pool.longest)
+        budget = self.budget.settle(largest.rows, largest.sizes)
+        basis = Basis(budget=budget, cost=self.cost.of_step(), step=self.trainer.state.global_step)
+        planned = self._pooling.micro_batches(pools, basis, self._prepared)
+        self._prepared = None
         batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
-        self.report.plan_step(planned, batch_sizes, budget.tokens_at(_longest(largest.sizes)))
+        self.report.plan_step(planned, batch_sizes, budget.tokens_at(largest.longest))
         micro_batches = [self._checkpointed(micro_batch) for micro_batch in planned]
         self.budget.planned(micro_batches)
         return micro_batches
@@ -244,51 +242,12 @@ class Feed:
         self.report.plan_step(micro_batches, [], 0)
         return micro_batches
 
-    def _pools(self, batches: list[list[Any]]) -> list[Pool]:
-        """Pools of the rows of all batches together; of each batch by itself, where the workers have padded it."""
-        groups = [[batch] for batch in batches] if self.rows.workers_collate else [batches]
-        pools = [self._pool([batch for batch in group if batch]) for group in groups]
-        if not pools[-1].is_borrowed:
-            self._spare = [pools[-1].rows[int(pools[-1].sizes.sum(axis=1).argmin())]]
-        return pools
-
-    def _pool(self, batches: list[list[Any]]) -> Pool:
-        rows = list(chain.from_iterable(batches)) or self._spare_row()
-        sizes = self.rows.sizes(rows)
-        batch_sizes = np.split(sizes, np.cumsum([len(batch) for batch in batches])[:-1]) if batches else []
-        if need_one_width(rows):
-            sizes = np.broadcast_to(sizes.max(axis=0), sizes.shape)
-        return Pool(rows=rows, sizes=sizes, batch_sizes=batch_sizes)
-
     def _enough_to_check(self, pool: Pool) -> Pool:
         """The pool; with the first rows of the data where dealing by cost has left this rank too few to compare."""
         if len(pool.rows) >= FEWEST_COMPARED or not self._is_balanced:
             return pool
         with own_random_numbers(modules_of(self.trainer)), untouched(self.trainer):
-            return self._pool([pool.rows, self.rows.sample(CHECKED_ROWS)])
-
-    def _spare_row(self) -> list[Any]:
-        """A row to take part with, where this rank has none and others have."""
-        with compat.kept_loaders(self.trainer.accelerator):
-            row = self._spare or self.rows.sample(1)
-        if row:
-            return row
-        raise ValueError(
-            f"Process {self.trainer.args.process_index} has no training data at all: its share is empty. Start fewer "
-            "processes, or let the first one read for all: accelerator_config={'dispatch_batches': True}."
-        )
-
-    def _planned(self, pool: Pool, budget: Budget, cost: Cost) -> list[MicroBatch]:
-        functions = RowFunctions(
-            collate=self.rows.collate_arranged,
-            num_items=self.rows.num_items,
-            num_cells=self.rows.num_cells,
-            layout=self.rows.layout,
-        )
-        micro_batches = split_mini_batch(
-            pool.rows, pool.sizes, budget=budget, cost=cost, functions=functions, ranks=self.ranks
-        )
-        return [as_filler(micro_batch) for micro_batch in micro_batches] if pool.is_borrowed else micro_batches
+            return self._pooling.pool([pool.rows, self.rows.sample(CHECKED_ROWS)])
 
     def _dtypes_summed_in_half(self) -> list[str]:
         """Names of the half-precision dtypes in which gradients are summed; sharded models have rules of their own."""
@@ -352,7 +311,3 @@ def _inputs(batch: Any) -> Inputs:
             "the model's inputs. Return one from your collator, or build on super().get_train_dataloader()."
         )
     return dict(batch)
-
-
-def _longest(sizes: Ints) -> int:
-    return int(sizes.sum(axis=1).max())

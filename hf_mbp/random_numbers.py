@@ -86,6 +86,11 @@ def reseed(seed: int, modules: list[nn.Module]) -> None:
                 torch.cuda.manual_seed(seed)
 
 
+def is_generator(value: Any) -> bool:
+    """Whether it is a random generator that `restorer` knows."""
+    return isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState))
+
+
 def restorer(generator: Any) -> Callable[[], Any]:
     """What puts a random generator into the state it has now; does nothing for anything else."""
     if isinstance(generator, torch.Generator):

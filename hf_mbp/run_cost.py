@@ -73,6 +73,11 @@ class RunCost:
         """Whether a step of this run was planned yet."""
         return self._modelled is not None
 
+    @property
+    def is_final(self) -> bool:
+        """Whether all steps from here on are planned with the same cost."""
+        return self._calibration is not None
+
     def of_step(self) -> Cost:
         """The cost that the step is planned with that the trainer is at, also if it is planned again."""
         if self._modelled is None:

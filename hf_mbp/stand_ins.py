@@ -1,6 +1,7 @@
 """Copies in the place of a model's tensors, and its attributes noted, so that it can be run and put back as it was."""
 
 import copy
+import operator
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -208,6 +209,20 @@ class Attributes:
         now = self._now()
         return [name for name, value in now.items() if not _is_alike(value, self._values.get(name))]
 
+    def is_as_then(self) -> bool:
+        """Whether nothing has changed: no attribute was set, and no container among them holds anything else."""
+        held = all(_holds_the_same(container, content) for container, content in self._held)
+        return self._now().keys() == self._values.keys() and not self.changed() and held
+
 
 def _is_alike(one: Any, other: Any) -> bool:
     return one is other or (isinstance(one, (int, float, str)) and type(one) is type(other) and one == other)
+
+
+def _holds_the_same(container: Any, content: Any) -> bool:
+    """The same objects, in the same places."""
+    if len(container) != len(content):
+        return False
+    if isinstance(container, dict):
+        return all(name in container and container[name] is value for name, value in content.items())
+    return container == content if isinstance(container, set) else all(map(operator.is_, container, content))

@@ -22,6 +22,9 @@ from hf_mbp.filler import filler_of, shortest_filler_of
 from hf_mbp.padding_free import is_laid_end_to_end
 from hf_mbp.plan import Budget, Cost, Layout, planned_groups
 
+Groups = list[list[int]]
+"""Rows that run together, by their indices."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
@@ -66,15 +69,21 @@ def split_mini_batch(
 
     Ranks plan for the same number of micro-batches, so that none waits for another.
     """
-    plan = planned_groups(functions.layout, sizes, budget, cost)
-    agreed = min(ranks.highest(len(plan)), len(rows))
-    if agreed > len(plan):
-        plan = planned_groups(functions.layout, sizes, budget, cost, num_micro_batches=agreed)
+    own = planned_groups(functions.layout, sizes, budget, cost)
+    plan = agreed_groups(own, sizes, layout=functions.layout, budget=budget, cost=cost, ranks=ranks)
     return collate_groups(rows, sizes, plan, budget, functions)
 
 
+def agreed_groups(own: Groups, sizes: Ints, *, layout: Layout, budget: Budget, cost: Cost, ranks: Ranks) -> Groups:
+    """As many groups as the rank has that has most: those this one has planned by itself, or a plan of so many."""
+    agreed = min(ranks.highest(len(own)), len(sizes))
+    if agreed <= len(own):
+        return own
+    return planned_groups(layout, sizes, budget, cost, num_micro_batches=agreed)
+
+
 def collate_groups(
-    rows: Sequence[Any], sizes: Ints, groups: list[list[int]], budget: Budget, functions: RowFunctions
+    rows: Sequence[Any], sizes: Ints, groups: Groups, budget: Budget, functions: RowFunctions
 ) -> list[MicroBatch]:
     """Pads each group; a group that the collator pads beyond the budget is halved until it fits.
 

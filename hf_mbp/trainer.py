@@ -157,7 +157,8 @@ class MBPMixin(_Base):
         """Reads the batches of an optimizer step and returns as many, with their rows grouped into micro-batches."""
         self._report.start_step()
         with self._report.overhead():
-            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+            reading = self.mbp_feed.look_ahead.reading(epoch_iterator)
+            batches, _ = super().get_batch_samples(reading, num_batches, device)
             batches = self.mbp_feed.as_many_as_others(batches)
             if not batches:
                 return [], None
@@ -170,6 +171,8 @@ class MBPMixin(_Base):
         if isinstance(inputs, MicroBatches):
             with self._report.overhead():
                 step_loss = self._runner.run(inputs, model, super().training_step)
+                if inputs.micro_batches:
+                    self.mbp_feed.prepare_next()
             if inputs.micro_batches:
                 self._report.count_step()
             self._warn_of_hidden_loss(step_loss)

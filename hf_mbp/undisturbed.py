@@ -3,14 +3,13 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_mbp import compat
-from hf_mbp.random_numbers import own_random_numbers, restorer
+from hf_mbp.random_numbers import is_generator, own_random_numbers, restorer
 from hf_mbp.stand_ins import Attributes, StandIns
 
 NOTES = ("_metrics", "accum_loss_components")
@@ -36,18 +35,34 @@ def undisturbed(modules: list[nn.Module], *, half_as: torch.dtype | None = None,
 @contextmanager
 def kept_collator(collator: Any) -> Iterator[None]:
     """Restores the attributes of a collator, and the states of the random generators of its own among them."""
-    put_back = remembered_collator(collator)
+    state = CollatorState(collator)
     try:
         yield
     finally:
-        put_back()
+        state.put_back()
 
 
-def remembered_collator(collator: Any) -> Callable[[], None]:
-    """What puts back the attributes of a collator, and the states of the random generators of its own among them."""
-    if not hasattr(collator, "__dict__") or isinstance(collator, type):
-        return lambda: None
-    return partial(Attributes(collator).put_back, with_generators=True)
+class CollatorState:
+    """The attributes of a collator as they are now, and the states of the random generators of its own among them."""
+
+    def __init__(self, collator: Any = None) -> None:
+        self._collator = collator
+        has_state = hasattr(collator, "__dict__") and not isinstance(collator, type)
+        self._attributes = Attributes(collator) if has_state else None
+
+    def put_back(self) -> None:
+        """Makes the collator what it was then."""
+        if self._attributes is not None:
+            self._attributes.put_back(with_generators=True)
+
+    def is_of(self, collator: Any) -> bool:
+        """Whether it is of this collator, whose attributes nobody has changed since."""
+        return collator is self._collator and (self._attributes is None or self._attributes.is_as_then())
+
+
+def draws_own_numbers(collator: Any) -> bool:
+    """Whether a collator has a random generator of its own among its attributes."""
+    return any(map(is_generator, getattr(collator, "__dict__", {}).values()))
 
 
 @contextmanager

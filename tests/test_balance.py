@@ -353,7 +353,7 @@ def test_a_rank_with_too_few_rows_is_checked_on_rows_of_the_data(
     made.mbp_feed.ranks = made._ranks
     made.mbp_feed._is_balanced = is_balanced
     before = torch.get_rng_state()
-    pool = made.mbp_feed._enough_to_check(made.mbp_feed._pool([[ROWS[3]]]))
+    pool = made.mbp_feed._enough_to_check(made.mbp_feed._pooling.pool([[ROWS[3]]]))
     assert torch.equal(torch.get_rng_state(), before)
     assert [row["labels"] for row in pool.rows] == ([3, *range(8)] if is_balanced else [3])
     assert pool.sizes[:, 0].tolist() == [len(row["input_ids"]) for row in pool.rows]

@@ -13,7 +13,7 @@ PACKAGE = Path(hf_mbp.__file__).parent
 GROUPS = {
     "What you use": "cli __init__ trainer loop runner",
     "Evaluation": "evaluation eval_budget eval_trial row_outputs eval_batch",
-    "From rows to micro-batches": "feed row_reader report",
+    "From rows to micro-batches": "feed look_ahead pools row_reader report",
     "When memory runs out": "too_large recovery lockstep first_step",
     "Budget and cost of a run": "run_cost run_budget rehearsal control profile",
     "Checkpoints, and ranks that fail": "checkpoints kept watch",
@@ -97,7 +97,7 @@ def test_imports_only_go_down(layer: str) -> None:
 def test_the_parser_sees_the_imports_there_are() -> None:
     (feed,) = files_of("feed")
     assert {"collate", "compat", "plan", "sizing", "step"} <= layers_imported_by(feed)
-    assert {"numpy", "tqdm", "hf_mbp"} <= top_packages(feed)
+    assert {"tqdm", "hf_mbp"} <= top_packages(feed)
 
 
 @pytest.mark.parametrize(

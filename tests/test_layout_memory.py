@@ -9,8 +9,10 @@ import torch
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from hf_mbp import MBPTrainer, memory, rehearsal
+from hf_mbp.distributed import Ranks
 from hf_mbp.gauge import Gauge
 from hf_mbp.plan import Budget, Layout
+from hf_mbp.pools import Basis, Pooling
 from hf_mbp.probe import loss_of
 from hf_mbp.profile import Profile, difference, key_of
 from hf_mbp.sizing import cost_of, measure_budget
@@ -87,8 +89,9 @@ def test_rows_that_together_are_one_too_long_row_run_in_several(tmp_path: Path) 
         bytes_per_cell=budget.bytes_per_cell,
         bytes_per_pair=budget.bytes_per_pair,
     )
-    pool = trainer.mbp_feed._pool([rows])
-    micro_batches = trainer.mbp_feed._planned(pool, capped, cost_of(trainer.model, trainer.args.device))
+    pooling = Pooling(trainer, trainer.mbp_rows, Ranks(trainer.accelerator))
+    basis = Basis(budget=capped, cost=cost_of(trainer.model, trainer.args.device), step=0)
+    micro_batches = pooling.micro_batches([pooling.pool([rows])], basis)
     assert sum(micro_batch.num_rows for micro_batch in micro_batches) == len(rows)
     assert any(micro_batch.num_rows > 1 for micro_batch in micro_batches)
     assert all(micro_batch.cells <= 900 for micro_batch in micro_batches if micro_batch.num_rows > 1)
