@@ -2,7 +2,7 @@
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -41,11 +41,10 @@ class LookAhead:
 
     def reading(self, epoch_iterator: Iterator[Any]) -> Iterator[Any]:
         """The batches of an epoch, from which the next step may be read early; what was read of another is dropped."""
-        if not self._may_read():
-            return epoch_iterator
         if self._reader is None or not self._reader.is_of(epoch_iterator):
-            self._reader = ReadAhead(epoch_iterator)
-        return self._reader
+            is_of_accelerate = isinstance(epoch_iterator, Generator)
+            self._reader = ReadAhead(epoch_iterator) if is_of_accelerate and self._may_read() else None
+        return epoch_iterator if self._reader is None else self._reader
 
     def prepare(self, budget: Budget, cost: Cost) -> None:
         """Prepares the step that comes after the one the trainer is at, if there is one and it may be read.

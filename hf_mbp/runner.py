@@ -63,6 +63,7 @@ class Runner:
         self._recovery = Recovery(ranks, partial(probe.modules_of, trainer), self._parameters)
         self._half: list[torch.nn.Parameter] = []
         self._not_embedded: list[MicroBatch] = []
+        self._last: MicroBatch | None = None
         self._has_stepped = False
 
     def restart(self) -> None:
@@ -100,6 +101,7 @@ class Runner:
         if all(micro_batch.is_idle for micro_batch in micro_batches):
             return torch.zeros((), device=self._ranks.device)
         self._prefetch.start(micro_batches)
+        self._last = micro_batches[-1]
         self._not_embedded = [micro_batch for micro_batch in micro_batches if not micro_batch.is_idle]
         return run_micro_batches(
             micro_batches,
@@ -128,6 +130,8 @@ class Runner:
             ):
                 loss = training_step(model, inputs, None)
             self._sums.add(self._half)
+        if micro_batch is self._last:  # now, because what comes next may wait for the device
+            self._feed.prepare_next()
         return loss
 
     def _embed_all(self, model: torch.nn.Module, micro_batch: MicroBatch) -> None:

@@ -171,8 +171,6 @@ class MBPMixin(_Base):
         if isinstance(inputs, MicroBatches):
             with self._report.overhead():
                 step_loss = self._runner.run(inputs, model, super().training_step)
-                if inputs.micro_batches:
-                    self.mbp_feed.prepare_next()
             if inputs.micro_batches:
                 self._report.count_step()
             self._warn_of_hidden_loss(step_loss)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import GradientState
 from transformers import BertForMaskedLM, DataCollatorForLanguageModeling, TrainerCallback
 
 from hf_mbp import MBPTrainer, look_ahead
@@ -169,7 +170,6 @@ def test_a_cpu_has_nothing_to_wait_for(tmp_path: Path) -> None:
         {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1},
         {"dataloader_num_workers": 2},
         {"collate_in": "workers", "data_collator": DataCollatorForLanguageModeling(tokenizer(), mlm_probability=0.3)},
-        {"calibrate": True, "num_train_epochs": 4},
         {"max_tokens_per_micro_batch": None, "memory_limit": "4GiB"},
         {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": token_rows(5)},
         {"max_steps": 3},
@@ -251,11 +251,17 @@ def exchange_collator(trainer: Any) -> None:
     trainer.data_collator.drop = 0.9
 
 
+def exchange_for_one_with_a_generator(trainer: Any) -> None:
+    trainer.data_collator = DataCollatorForLanguageModeling(tokenizer(), mlm_probability=0.3, seed=1)
+
+
 def lower_budget(trainer: Any) -> None:
     trainer.mbp_feed.budget.shrink(4, 10)
 
 
-@pytest.mark.parametrize("change", [drop_more, forget_calls, exchange_collator, lower_budget])
+@pytest.mark.parametrize(
+    "change", [drop_more, forget_calls, exchange_collator, exchange_for_one_with_a_generator, lower_budget]
+)
 def test_what_was_prepared_is_made_anew(
     change: Callable[[Any], None], looks_ahead: Callable[[bool], None], tmp_path: Path
 ) -> None:
@@ -331,7 +337,21 @@ class OwnLoader(MBPTrainer):
     """Pads its batches itself."""
 
     def get_train_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader(self.train_dataset, batch_size=8, collate_fn=Masks())
+        return list(torch.utils.data.DataLoader(self.train_dataset, batch_size=8, collate_fn=Masks()))
+
+
+def takes_of(trainer: Any) -> list[Any]:
+    """What was prepared for each step, after training."""
+    takes: list[Any] = []
+    taken = trainer.mbp_feed.look_ahead.take
+
+    def noted(batches: list[Any]) -> Any:
+        takes.append(taken(batches))
+        return takes[-1]
+
+    trainer.mbp_feed.look_ahead.take = noted
+    trainer.train()
+    return takes
 
 
 @pytest.mark.parametrize(
@@ -346,18 +366,35 @@ class OwnLoader(MBPTrainer):
 )
 def test_what_is_left_alone(changes: dict[str, Any], looks_ahead: Callable[[bool], None], tmp_path: Path) -> None:
     looks_ahead(True)
-    trainer = trainer_of(tmp_path, **changes)
-    takes: list[Any] = []
-    taken = trainer.mbp_feed.look_ahead.take
-
-    def noted(batches: list[Any]) -> Any:
-        takes.append(taken(batches))
-        return takes[-1]
-
-    trainer.mbp_feed.look_ahead.take = noted
-    trainer.train()
-    assert takes
+    takes = takes_of(trainer_of(tmp_path, **changes))
+    assert len(takes) >= 4
     assert not any(takes)
+
+
+def test_not_while_the_cost_is_measured(looks_ahead: Callable[[bool], None], tmp_path: Path) -> None:
+    looks_ahead(True)
+    takes = takes_of(trainer_of(tmp_path, calibrate=True, max_steps=12))
+    assert [take is not None for take in takes] == [False] * 11 + [True]
+
+
+class Loading(TrainerCallback):
+    """Keeps whether Accelerate still counts as reading when a step ends."""
+
+    def __init__(self) -> None:
+        self.is_reading: list[bool] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.is_reading.append(GradientState().in_dataloader)
+
+
+def test_the_loader_is_not_ended_before_its_time(looks_ahead: Callable[[bool], None], tmp_path: Path) -> None:
+    seen = []
+    for is_gpu in (False, True):
+        looks_ahead(is_gpu)
+        loading = Loading()
+        trained(tmp_path, callbacks=[loading])
+        seen.append(loading.is_reading)
+    assert seen[0] == seen[1] == [True] * 8
 
 
 # Several ranks

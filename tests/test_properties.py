@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DataCollatorForTokenClassification, TrainerCallback
 
-from hf_mbp import MBPConfig
+from hf_mbp import MBPConfig, look_ahead
 from hf_mbp.runner import MicroBatches
 from hf_mbp.step import MicroBatch
 from tests.examples import examples
@@ -109,6 +110,7 @@ class Case:
     collate_in: str = "main"
     ranks: int = 1
     balance: bool = True
+    looks_ahead: bool = False
     accelerator: dict[str, bool] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -182,6 +184,7 @@ def cases(draw: Any, ranks: st.SearchStrategy[int]) -> Case:
         collate_in=draw(st.sampled_from(["main", "main", "workers"])),
         ranks=count,
         balance=draw(st.booleans()),
+        looks_ahead=draw(st.booleans()),
         accelerator=draw(st.fixed_dictionaries({"even_batches": st.booleans()})) if count > 1 else {},
         options={
             "per_device_train_batch_size": draw(st.integers(1, len(lengths))),
@@ -280,7 +283,8 @@ def mbp_steps(case: Case, folder: Path) -> list[list[Step]]:
         done = zip(trainer.planned, chain.from_iterable(ends.steps()), recorder.gradients, strict=True)
         return [Step(planned=planned, calls=calls, gradients=gradients) for planned, calls, gradients in done]
 
-    with expected_warnings():
+    devices = ("cpu",) if case.looks_ahead else ()
+    with expected_warnings(), mock.patch.object(look_ahead, "HAVE_STREAMS", devices):
         return [list(ranks) for ranks in zip(*world.run(train), strict=True)]
 
 
