@@ -136,19 +136,21 @@ def test_ratios_are_of_the_same_repetition() -> None:
     records = [
         record(name, i, seconds, peak)
         for i, (ours, theirs) in enumerate(rounds)
-        for name, seconds, peak in (("mbp", ours, 100), ("trainer", theirs, 400))
+        for name, seconds, peak in (("mbp", ours, 100), ("trainer", theirs, 400), ("limit", 0.5 * ours, 100))
     ]
-    mbp, trainer = summary(records)
+    mbp, trainer, limit = summary(records)
     assert mbp["speed_ratio"] == pytest.approx({"median": 2.0, "min": 1.0, "max": 3.0})
     assert mbp["memory_ratio"] == {"median": 0.25, "min": 0.25, "max": 0.25}
     assert mbp["tokens_per_second"] == pytest.approx({"median": 225.0, "min": 90.0, "max": 900.0})
     assert mbp["padding_fraction"] == pytest.approx(0.1)
     assert mbp["loss"] == {"median": 1.0, "min": 0.0, "max": 2.0}
-    assert trainer["speed_ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert trainer["speed_ratio"] == limit["share_of_limit"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert mbp["share_of_limit"] == {"median": 0.5, "min": 0.5, "max": 0.5}
+    assert trainer["share_of_limit"] == pytest.approx({"median": 0.25, "min": 1 / 6, "max": 0.5})
 
 
 def test_a_failure_is_a_result() -> None:
-    from benchmarks.page import columns_of, table
+    from benchmarks.page import columns_of, filled, table
     from benchmarks.results import summary
 
     records = [
@@ -167,7 +169,9 @@ def test_a_failure_is_a_result() -> None:
     ]
     ours, theirs = summary(records)
     assert ours["speed_ratio"] is None
-    text = table("8x1", [ours, theirs], columns_of({"device_bytes": None, "peak_flops": None}))
+    columns = filled(columns_of({"device_bytes": None, "peak_flops": None}), [ours, theirs])
+    assert not {"x Trainer", "of the limit"} & {column.title for column in columns}  # which say nothing here
+    text = table("8x1", [ours, theirs], columns)
     assert "| Trainer | **fails**: RuntimeError: can't allocate memory |" in text
     head, failure = [line for line in text.splitlines() if line.startswith(("| contestant", "| Trainer"))]
     assert head.count("|") == failure.count("|")

@@ -44,8 +44,8 @@ their names say.
   about model and memory. They are not part of the speed.
 * **max_tokens**: `max_tokens_per_micro_batch={max_tokens}`. **memory_limit**: {headroom:,.0f} MiB more than the process
   holds before training. Without them `MBPTrainer` may take nine tenths of the free memory, and takes what is fastest.
-* **nothing padded, plain PyTorch**: the goal post, a loop without a Trainer that runs the micro-batches which
-  `MBPTrainer` plans, each with rows of their mean length.
+* **nothing padded, plain PyTorch**: the limit, a loop without a Trainer that runs the micro-batches which
+  `MBPTrainer` plans, each with rows of their mean length. **of the limit**: the share of its speed in the same turn.
 * `group_by_length` and `batch_rebalance` change nothing where a step is one batch, and are left out there. In a data
   set as small as this one `group_by_length` sorts the rows of one step at a time; in a large one those of 50, which
   pads less, and makes steps of rows of nearly one length.
@@ -114,7 +114,7 @@ def busy_note(report: Report) -> str:
 
 def tables(report: Report, name: str | None = None) -> str:
     """A section for each workload, with a table for each shape; with the picture beside the page of that `name`."""
-    columns = columns_of(report["settings"])
+    columns = filled(columns_of(report["settings"]), report["summary"])
     sections = []
     for workload, shapes in places(report).items():
         sections.append(f"## {workload}\n\n{what_of(workload, next(iter(shapes.values()))[0])}\n")
@@ -152,6 +152,7 @@ def columns_of(settings: dict[str, Any]) -> list[Column]:
     columns = [
         Column(title="useful tokens/s", cell=lambda e: ranged(e["tokens_per_second"], "{:,.0f}")),
         Column(title="x Trainer", cell=lambda e: ranged(e["speed_ratio"], "{:.2f}")),
+        Column(title="of the limit", cell=lambda e: "" if is_goal(e) else ranged(e["share_of_limit"], "{:.2f}")),
         Column(title="padding", cell=lambda e: f"{e['padding_fraction']:.1%}"),
         Column(title="micro-batches a step", cell=lambda e: f"{e['micro_batches_per_step']:.1f}"),
         Column(title="peak memory (MiB)", cell=lambda e: ranged(e["peak_bytes"], "{:,.0f}", MIB)),
@@ -159,10 +160,16 @@ def columns_of(settings: dict[str, Any]) -> list[Column]:
         Column(title="before (s)", cell=lambda e: ranged(e["setup_seconds"], "{:.1f}")),
     ]
     if total := settings["device_bytes"]:
-        columns.insert(5, Column(title="of the GPU's", cell=lambda e: ranged(e["held_bytes"], "{:.0%}", total)))
+        columns.insert(6, Column(title="of the GPU's", cell=lambda e: ranged(e["held_bytes"], "{:.0%}", total)))
     if peak := settings["peak_flops"]:
         columns.insert(2, Column(title="FLOPs used", cell=lambda e: ranged(e["flops_per_second"], "{:.1%}", peak)))
     return columns
+
+
+def filled(columns: list[Column], entries: list[Entry]) -> list[Column]:
+    """Those in which any of the entries has something: what others are compared with may have been left out."""
+    whole = [entry for entry in entries if not entry["error"]]
+    return [column for column in columns if any(map(column.cell, whole))]
 
 
 def table(shape: str, entries: list[Entry], columns: list[Column]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
-from benchmarks.contestants import BASELINE
+from benchmarks.contestants import BASELINE, LIMIT
 
 Record = dict[str, Any]
 """The fields of an order and of its measurement."""
@@ -28,12 +28,13 @@ def _entry(key: tuple[str, str, str], records: list[Record]) -> Record:
     entry: Record = {"workload": workload, "size": own[0]["size"], "shape": shape, "contestant": contestant}
     if errors := [r["error"] for r in own if r["error"]]:
         return {**entry, "error": errors[0]}
-    pairs = [(r, base) for r in own for base in place if _are_comparable(r, base)]
+    pairs, beside_limit = _pairs(own, place, BASELINE), _pairs(own, place, LIMIT)
     return {
         **entry,
         "error": "",
         "tokens_per_second": spread(tokens_per_second(r) for r in own),
         "speed_ratio": spread(tokens_per_second(r) / tokens_per_second(base) for r, base in pairs),
+        "share_of_limit": spread(tokens_per_second(r) / tokens_per_second(limit) for r, limit in beside_limit),
         "padding_fraction": median(1 - r["tokens"] / r["cells"] for r in own),
         "micro_batches_per_step": median(r["micro_batches"] / r["steps"] for r in own),
         "peak_bytes": spread(r["peak_bytes"] for r in own),
@@ -50,8 +51,10 @@ def tokens_per_second(record: Record) -> float:
     return float(record["tokens"] / record["seconds"])
 
 
-def _are_comparable(record: Record, base: Record) -> bool:
-    return base["contestant"] == BASELINE and base["repetition"] == record["repetition"] and not base["error"]
+def _pairs(own: list[Record], place: list[Record], other: str) -> list[tuple[Record, Record]]:
+    """Measurements of a contestant, each with that of another one in the same repetition."""
+    others = [record for record in place if record["contestant"] == other and not record["error"]]
+    return [(record, base) for record in own for base in others if base["repetition"] == record["repetition"]]
 
 
 def spread(values: Iterable[float]) -> dict[str, float] | None:
