@@ -132,9 +132,12 @@ class Feed:
         return self._pooling.pools(batches) if self._prepared is None else self._prepared.pools
 
     def prepare_next(self) -> None:
-        """What can be done for the next step before this one is over; not before budget and cost are settled."""
+        """What can be done for the next step before this one is over; once budget and cost are settled.
+
+        Batches of a loader of the user's own need neither, and are left alone.
+        """
         budget = self.budget.settled
-        if self._pools_of_step and budget is not None and self.cost.is_final:
+        if budget is not None and self.cost.is_final:
             with wrapped.eagerly(self.is_compiled):
                 self.look_ahead.prepare(budget, self.cost.of_step())
 
@@ -225,7 +228,6 @@ class Feed:
         budget = self.budget.settle(largest.rows, largest.sizes)
         basis = Basis(budget=budget, cost=self.cost.of_step(), step=self.trainer.state.global_step)
         planned = self._pooling.micro_batches(pools, basis, self._prepared)
-        self._prepared = None
         batch_sizes = [sizes for pool in pools for sizes in pool.batch_sizes]
         self.report.plan_step(planned, batch_sizes, budget.tokens_at(largest.longest))
         micro_batches = [self._checkpointed(micro_batch) for micro_batch in planned]

@@ -340,6 +340,30 @@ class OwnLoader(MBPTrainer):
         return list(torch.utils.data.DataLoader(self.train_dataset, batch_size=8, collate_fn=Masks()))
 
 
+class Yields:
+    """A loader of four padded batches."""
+
+    def __init__(self, events: list[Any]) -> None:
+        self.events = events
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self) -> Iterator[Any]:
+        for start in range(0, 32, 8):
+            self.events.append("yield")
+            yield Masks()(token_rows(32)[start : start + 8])
+
+
+def test_a_loader_of_ones_own_is_read_at_its_time(looks_ahead: Callable[[bool], None], tmp_path: Path) -> None:
+    looks_ahead(True)
+    events: list[Any] = []
+    trainer = trainer_of(tmp_path, num_train_epochs=1, callbacks=[Notes(events)])
+    trainer.get_train_dataloader = lambda: Yields(events)
+    trainer.train()
+    assert events == ["yield", "yield", "step"] * 2
+
+
 def takes_of(trainer: Any) -> list[Any]:
     """What was prepared for each step, after training."""
     takes: list[Any] = []
