@@ -20,9 +20,9 @@ class LookAhead:
     `Trainer` looks at the loss, for which it waits. Nothing here waits for the device or for other ranks, and no thread
     is needed.
 
-    Rows are read a step early, in the same order, and not beyond the epoch or the last step of the run. Streams are left
-    alone, and so is what the first rank reads for all, and what a collator pads that has a random generator of its own:
-    an evaluation between the steps may draw from it, too.
+    Rows are read a step early, in the same order, and not beyond the epoch or the last step of the run. Streams are
+    left alone, and so is what the first rank reads for all, and what a collator pads that has a random generator of its
+    own: an evaluation between the steps may draw from it, too.
 
     Args:
         trainer: whose steps they are.
