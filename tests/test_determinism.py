@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import BertForMaskedLM, BertForSequenceClassification, DataCollatorForLanguageModeling
 
-from tests.helpers import bert_config, build, mbp_trainer, token_rows, tokenizer, with_labels
+from tests.helpers import DROPOUT, bert_config, build, mbp_trainer, token_rows, tokenizer, with_labels
 
-DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 RUN = {
     "per_device_train_batch_size": 3,
     "gradient_accumulation_steps": 4,

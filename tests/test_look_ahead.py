@@ -17,10 +17,9 @@ from transformers import BertForMaskedLM, DataCollatorForLanguageModeling, Train
 from hf_mbp import MBPTrainer, look_ahead
 from hf_mbp.look_ahead import ReadAhead
 from tests.faults import Faults
-from tests.helpers import bert_config, build, mbp_trainer, token_rows, tokenizer
+from tests.helpers import DROPOUT, bert_config, build, mbp_trainer, token_rows, tokenizer
 from tests.simulated_ranks import AverageGradients, MBPOnRank, World
 
-DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 RUN = {
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 2,
@@ -87,9 +86,13 @@ class Notes(TrainerCallback):
         self.events.append("step")
 
 
+def masked_lm() -> Any:
+    return build(BertForMaskedLM, bert_config(**DROPOUT)).float()
+
+
 def trainer_of(folder: Path, rows: Any = None, *, model: Any = None, **changes: Any) -> Any:
     """Masked language modelling with dropout."""
-    model = build(BertForMaskedLM, bert_config(**DROPOUT)).float() if model is None else model
+    model = masked_lm() if model is None else model
     return mbp_trainer(model, Rows() if rows is None else rows, folder, **{"data_collator": Masks(), **RUN, **changes})
 
 
@@ -284,7 +287,7 @@ def test_a_prepared_step_that_runs_out_of_memory(
     runs = []
     for is_gpu in (False, True):
         looks_ahead(is_gpu)
-        model = build(BertForMaskedLM, bert_config(**DROPOUT)).float()
+        model = masked_lm()
         faults = Faults(model.bert.encoder.layer[1], stage, {9}).install(model)
         runs.append(trained(tmp_path, model=model))
         assert faults.raised == 1

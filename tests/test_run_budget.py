@@ -17,9 +17,8 @@ from hf_mbp.plan import Budget
 from hf_mbp.rehearsal import longest_rows
 from hf_mbp.row_lengths import known_lengths
 from hf_mbp.run_budget import RunBudget
-from tests.helpers import bert_config, build, masked_prefix, mbp_trainer, token_rows, with_labels
+from tests.helpers import DROPOUT, bert_config, build, masked_prefix, mbp_trainer, token_rows, with_labels
 
-DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 LIMIT = 3_000_000
 
 
